@@ -1,0 +1,119 @@
+"""Device, precision, ranks and memory behind one small face."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from rae_fast.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of the cooperating processes this one is."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process does what only one of them may do."""
+        return self.rank == 0
+
+
+def ranks_from_environment() -> Ranks:
+    """Ranks as torchrun and the deepspeed launcher set them; one process without a launcher.
+
+    Raises:
+        UserError: RANK, LOCAL_RANK or WORLD_SIZE is not a number, or they contradict one another.
+    """
+    try:
+        rank = int(os.environ.get("RANK", 0))
+        ranks = Ranks(rank, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("WORLD_SIZE", 1)))
+    except ValueError as error:
+        raise UserError(f"RANK, LOCAL_RANK or WORLD_SIZE in the environment: {error}", "whole numbers") from error
+    if not 0 <= ranks.rank < ranks.world:
+        raise UserError(
+            f"RANK={ranks.rank} with WORLD_SIZE={ranks.world} in the environment",
+            "RANK below WORLD_SIZE",
+            "start through torchrun or deepspeed, or unset both",
+        )
+    return ranks
+
+
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The torch device for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        UserError: cuda is asked for and absent, or the name is unknown.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                "runtime.device is cuda, but torch sees no CUDA device",
+                "a working GPU and driver",
+                "set runtime.device=cpu or run tools/doctor.py",
+            )
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    raise UserError(f"runtime.device is {name!r}", "auto, cpu or cuda")
+
+
+def init_distributed(ranks: Ranks, device: torch.device, timeout_minutes: float = 30.0) -> None:
+    """Join the process group (nccl on GPUs, gloo on CPUs); nothing to do for a single process."""
+    if ranks.world == 1 or torch.distributed.is_initialized():
+        return
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=ranks.rank,
+        world_size=ranks.world,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def set_precision(precision: str) -> torch.dtype:
+    """Set the matmul mode for `fp32`, `tf32`, `bf16` or `fp16` and return the compute dtype.
+
+    `fp32` means float32 throughout: TF32 only when it is asked for by name.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    if precision not in DTYPES:
+        raise UserError(f"precision is {precision!r}", f"one of {', '.join(DTYPES)}")
+    allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    torch.backends.cudnn.allow_tf32 = allow_tf32
+    return DTYPES[precision]
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_name(device: torch.device) -> str:
+    """The name people know the device by."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
