@@ -1,0 +1,44 @@
+"""The one face of all tools: `--config file.yaml key=value ...`, an example in `--help`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from rae_fast.config import Config
+from rae_fast.config_file import load_config
+from rae_fast.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad arguments as every other bad input: one line, exit status 2."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{self.prog}: {message}", mend=f"see {self.prog} --help")
+
+
+def tool_parser(description: str, example: str, *, config: bool = True) -> argparse.ArgumentParser:
+    """A parser with `--config` and `key=value` overrides (unless `config` is False) and an example in its help."""
+    parser = _Parser(
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if config:
+        parser.add_argument(
+            "--config", metavar="FILE", help="YAML file; official files of bytetriper/RAE work unchanged"
+        )
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as training.max_steps=100")
+        # The deepspeed launcher hands this to every script; the environment says the same.
+        parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_tool(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """Parse the command line of a tool that takes a config.
+
+    Raises:
+        UserError: unknown flags, or a config that `load_config` refuses.
+    """
+    args = parser.parse_intermixed_args(argv)
+    return load_config(args.config, args.overrides), args
