@@ -105,7 +105,7 @@ def _modernize(raw: dict[str, Any]) -> dict[str, Any]:
         for section in (training, raw.get("gan", {}).get("disc", {}) if isinstance(raw.get("gan"), dict) else {}):
             _modernize_optimizer(section)
     guidance = raw.get("guidance")
-    if isinstance(guidance, dict) and not guidance.get("guidance_model"):
+    if isinstance(guidance, dict) and guidance.get("guidance_model") == {}:
         guidance["guidance_model"] = None
     return raw
 

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from rae_fast.config_file import load_config
+from rae_fast.errors import UserError
+from rae_fast.geometry import resolve_geometry
+
+DINO_BASE = [
+    "stage_1.params.encoder_params.dinov2_path=facebook/dinov2-with-registers-base",
+    "stage_2.params.in_channels=768",
+]
+
+
+def _geometry(*overrides: str):
+    return resolve_geometry(load_config(None, [*DINO_BASE, *overrides]))
+
+
+def test_sizes_follow_from_the_encoder() -> None:
+    geometry = _geometry("misc.num_classes=1000")
+    assert geometry.latent_shape == (768, 16, 16)
+    assert geometry.image_size == 256
+    assert (geometry.num_classes, geometry.null_label) == (1000, 1000)
+    assert geometry.shift == pytest.approx(6.9282, abs=1e-4)
+
+
+def test_512_pixels_shift() -> None:
+    geometry = _geometry("stage_1.params.encoder_input_size=448")
+    assert geometry.latent_shape == (768, 32, 32)
+    assert geometry.shift == pytest.approx(13.8564, abs=1e-4)
+
+
+def test_the_contradiction_of_the_official_512_px_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"misc\.latent_size is \[768, 16, 16\].*448 / patch 14 = 32x32"):
+        _geometry(
+            "stage_1.params.encoder_input_size=448", "misc.latent_size=[768,16,16]", "stage_2.params.input_size=16"
+        )
+    with pytest.raises(UserError, match=r"stage_2\.params\.input_size is 16.*448 / patch 14 = 32x32"):
+        _geometry("stage_1.params.encoder_input_size=448", "stage_2.params.input_size=16")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stage_1.params.encoder_input_size=225"], "multiple of the encoder's patch size 14"),
+        (["stage_2.params.in_channels=384"], "in_channels is 384, but the latents have 768"),
+        (["data.image_size=512"], r"data\.image_size is 512.*makes 256"),
+        (["misc.num_classes=10", "stage_2.params.num_classes=1000"], "misc.num_classes is 10"),
+        (["stage_2.params.hidden_size=[1152,2048]", "stage_2.params.num_heads=[7,16]"], "head dimension"),
+        (["misc.time_dist_shift_base=0"], "time_dist_shift_base"),
+    ],
+)
+def test_contradictions_name_both_keys(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        _geometry(*overrides)
+
+
+def test_a_local_encoder_folder_is_read(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"patch_size": 8, "hidden_size": 48}))
+    geometry = resolve_geometry(
+        load_config(
+            None,
+            [f"stage_1.params.encoder_params.dinov2_path={tmp_path}", "stage_1.params.encoder_input_size=64",
+             "stage_1.params.decoder_patch_size=8"],
+        )
+    )  # fmt: skip
+    assert geometry.latent_shape == (48, 8, 8)
+    assert geometry.image_size == 64
+
+
+def test_an_unknown_encoder_without_latent_size_asks_for_it() -> None:
+    with pytest.raises(UserError, match=r"misc\.latent_size"):
+        resolve_geometry(load_config(None, ["stage_1.params.encoder_cls=TimmViT"]))
