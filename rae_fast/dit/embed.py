@@ -1,0 +1,165 @@
+"""Embeddings of the diffusion transformers: patches, timestep, label, and the two position tables.
+
+Shapes: B samples, C latent channels, H and W latent sides, N tokens, D width, P head width.
+Tables and timestep mathematics stay in float32 (or float64) whatever the parameters' type: bfloat16 has eight bits of
+mantissa, too few for an angle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+FOURIER_SIZE = 256
+ROPE_THETA = 10_000.0
+TABLE_STD = 0.02
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in float32, or unchanged where it is float64."""
+    return x.float() if x.dtype in LOW_PRECISION else x
+
+
+def keep_fp32(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`convert` as `nn.Module._apply` gets it, except that it moves tensors without rounding them to 16 bits."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        converted = convert(tensor)
+        return tensor.to(converted.device) if converted.dtype in LOW_PRECISION else converted
+
+    return apply
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens in row-major order: [B, C, H, W] -> [B, N, D]."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, width, patch_size, patch_size)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Tokens [B, N, D] in the type of the weights."""
+        x_BCHW = x_BCHW.to(self.proj.weight.dtype)
+        if self.patch_size > 1:
+            return self.proj(x_BCHW).flatten(2).transpose(1, 2)
+        # A 1 x 1 convolution is a linear map of each position: one GEMM on a transposed view, no layout change.
+        return F.linear(x_BCHW.flatten(2).transpose(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform on the weight seen as a matrix; zero bias."""
+        nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+        nn.init.zeros_(self.proj.bias)
+
+
+class TimestepEmbed(nn.Module):
+    """Gaussian Fourier features through a two-layer perceptron.
+
+    e(t) = L2(silu(L0([sin(2 pi t W), cos(2 pi t W)]))), W ~ N(0, 1) of size 256.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(FOURIER_SIZE), requires_grad=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * FOURIER_SIZE, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        """Embedding [B, D] of times in [0, 1]."""
+        angle = at_least_fp32(t_B)[:, None] * at_least_fp32(self.W)[None, :] * (2 * math.pi)
+        features = torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+    def reset_parameters(self) -> None:
+        """Normal weights of standard deviation 0.02 in the perceptron."""
+        nn.init.normal_(self.mlp[0].weight, std=TABLE_STD)
+        nn.init.normal_(self.mlp[2].weight, std=TABLE_STD)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimestepEmbed:
+        if recurse:
+            self.mlp._apply(fn)
+        # Frequencies that an optimizer owns must have the type of its other parameters; fixed ones keep all their bits.
+        return super()._apply(fn if self.W.requires_grad else keep_fp32(fn), recurse=False)
+
+
+class LabelEmbed(nn.Module):
+    """Class embedding with label dropout to the null label, whose index is `num_classes`."""
+
+    def __init__(self, num_classes: int, width: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), width)
+
+    def forward(self, y_B: Tensor, labeldrop_u_B: Tensor | None = None) -> Tensor:
+        """Embedding [B, D] of int64 labels.
+
+        Args:
+            y_B: labels in [0, num_classes], num_classes meaning "no class".
+            labeldrop_u_B: uniforms in [0, 1); in training a label is dropped where u < dropout_prob. Drawn when absent.
+        """
+        if self.training and self.dropout_prob > 0:
+            u_B = torch.rand(y_B.shape, device=y_B.device) if labeldrop_u_B is None else labeldrop_u_B
+            y_B = torch.where(u_B < self.dropout_prob, self.num_classes, y_B)
+        return self.embedding_table(y_B)
+
+    def reset_parameters(self) -> None:
+        """Normal of standard deviation 0.02."""
+        nn.init.normal_(self.embedding_table.weight, std=TABLE_STD)
+
+
+def sincos_table(width: int, grid: int) -> Tensor:
+    """Fixed sine-cosine positions [1, grid * grid, width], float32, computed in float64.
+
+    The first half of the channels encodes the column, the second the row; each is [sin, cos] of pos / 10000^(4k/width).
+    """
+    omega = ROPE_THETA ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega[None, :]
+    one_axis = torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
+    column = one_axis[None, :, :].expand(grid, -1, -1)
+    row = one_axis[:, None, :].expand(-1, grid, -1)
+    return torch.cat([column, row], dim=-1).reshape(1, grid * grid, width).float()
+
+
+class RotaryTable(nn.Module):
+    """Two-dimensional rotary positions for one head width, as cosines and sines [N, P].
+
+    Channels rotate in interleaved pairs (2i, 2i+1); the first half of the head encodes the row, the second the column,
+    at frequencies 10000^(-4i/P).
+    """
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, head_width: int, grid: int) -> None:
+        super().__init__()
+        half = head_width // 2
+        frequency = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2).float() / half)
+        angle = torch.arange(grid).float()[:, None] * frequency[None, :]
+        angle = angle.repeat_interleave(2, dim=-1)
+        row = angle[:, None, :].expand(-1, grid, -1)
+        column = angle[None, :, :].expand(grid, -1, -1)
+        angle = torch.cat([row, column], dim=-1).reshape(grid * grid, head_width)
+        self.register_buffer("freqs_cos", angle.cos())
+        self.register_buffer("freqs_sin", angle.sin())
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(cosines, sines), each [N, P]."""
+        return self.freqs_cos, self.freqs_sin
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
+        return super()._apply(keep_fp32(fn), recurse)
+
+
+def rotate(x: Tensor, cos_NP: Tensor, sin_NP: Tensor) -> Tensor:
+    """Apply rotary positions to [..., N, P] in float32 or above.
+
+    x' = x cos + J x sin, with J (x0, x1) = (-x1, x0) on each interleaved pair (Su et al., arXiv 2104.09864).
+    """
+    x = at_least_fp32(x)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return x * cos_NP + turned * sin_NP

@@ -1,0 +1,136 @@
+"""What both diffusion transformers share: checks of the geometry, running blocks, patches back to latents.
+
+Shapes: B samples, C latent channels, H and W latent sides, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rae_fast.dit.blocks import AdaLNBlock, FinalLayer, Rope
+from rae_fast.dit.embed import LabelEmbed, PatchEmbed, RotaryTable, TimestepEmbed
+from rae_fast.errors import UserError
+
+# The reference registers patch maps and tables that `reset_parameters` of these classes sets.
+RESETTABLE = (PatchEmbed, TimestepEmbed, LabelEmbed, AdaLNBlock, FinalLayer)
+
+
+class DiffusionTransformer(nn.Module):
+    """Base of DiTDH and LightningDiT.
+
+    Attributes:
+        activation_checkpointing: recompute each block's activations in the backward pass instead of keeping them.
+        input_size, in_channels, patch_size: the latents this model takes, [B, in_channels, input_size, input_size].
+        num_classes: number of classes, and the index of the null label.
+    """
+
+    blocks: nn.ModuleList
+
+    def __init__(self, *, input_size: int, in_channels: int, patch_size: int, num_classes: int) -> None:
+        super().__init__()
+        if input_size < 1 or input_size % patch_size:
+            raise UserError(
+                f"stage_2.params: input_size is {input_size} with patch_size {patch_size}",
+                "a positive input_size that patch_size divides",
+                "input_size is the side of the latent grid (16 for 256 px, 32 for 512 px)",
+            )
+        self.input_size, self.in_channels, self.patch_size = input_size, in_channels, patch_size
+        self.num_classes = num_classes
+        self.grid = input_size // patch_size
+        self.activation_checkpointing = False
+
+    @property
+    def has_null_label(self) -> bool:
+        """Whether the label table has a row for "no class", without which there is no classifier-free guidance."""
+        return self.y_embedder.embedding_table.num_embeddings > self.num_classes
+
+    def reset_parameters(self) -> None:
+        """The reference's initialization on top of torch's defaults."""
+        for module in self.modules():
+            if isinstance(module, RESETTABLE):
+                module.reset_parameters()
+
+    def check_latents(self, x_BCHW: Tensor) -> None:
+        """Refuse latents of another shape than the model's.
+
+        Raises:
+            UserError: channels or sides differ.
+        """
+        expected = (self.in_channels, self.input_size, self.input_size)
+        if tuple(x_BCHW.shape[1:]) != expected:
+            raise UserError(
+                f"latents of shape {list(x_BCHW.shape[1:])} for a model of in_channels {self.in_channels}, "
+                f"input_size {self.input_size}",
+                f"[C, H, W] = {list(expected)}",
+                "make stage_2.params.input_size and in_channels those of the latents",
+            )
+
+    def run_block(self, block: nn.Module, x_BND: Tensor, silu_c: Tensor, rope: Rope | None) -> Tensor:
+        """One block, with its activations kept or recomputed."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x_BND, silu_c, rope, use_reentrant=False)
+        return block(x_BND, silu_c, rope)
+
+    def unpatchify(self, x_BNE: Tensor) -> Tensor:
+        """[B, N, p p C] -> [B, C, H, W], patch values ordered row, column, channel."""
+        p, g = self.patch_size, self.grid
+        x = x_BNE.unflatten(1, (g, g)).unflatten(-1, (p, p, -1))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def rope_table(width: int, num_heads: int, grid: int) -> RotaryTable:
+    """The rotary table of a width split into heads.
+
+    Raises:
+        UserError: the head width is not a multiple of 4, so that it cannot hold pairs for two axes.
+    """
+    check_heads(width, num_heads)
+    if width // num_heads % 4:
+        raise UserError(
+            f"stage_2.params: hidden_size {width} over {num_heads} heads gives head width {width // num_heads}",
+            "a multiple of 4 for two-dimensional rotary positions",
+            "change hidden_size or num_heads, or set use_rope: false",
+        )
+    return RotaryTable(width // num_heads, grid)
+
+
+def check_heads(width: int, num_heads: int) -> None:
+    """Refuse a width that its heads do not divide, or that the sine-cosine table cannot fill.
+
+    Raises:
+        UserError: as said.
+    """
+    if num_heads < 1 or width % num_heads:
+        raise UserError(
+            f"stage_2.params: hidden_size {width} with num_heads {num_heads}", "heads that divide the width"
+        )
+    if width % 4:
+        raise UserError(f"stage_2.params: hidden_size {width}", "a multiple of 4, for the position table")
+
+
+def square(name: str, value: int | list[int] | tuple[int, ...]) -> int:
+    """A patch size given as one number or as a pair of equal numbers.
+
+    Raises:
+        UserError: the numbers differ.
+    """
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if len(set(values)) != 1:
+        raise UserError(
+            f"stage_2.params.{name} is {values}", "equal numbers", "the condition and the head must see the same tokens"
+        )
+    return int(values[0])
+
+
+def pair(name: str, value: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    """(trunk, head) values given as two numbers, or as one for both.
+
+    Raises:
+        UserError: neither one nor two numbers.
+    """
+    values = list(value) if not isinstance(value, int) else [value, value]
+    if len(values) != 2:
+        raise UserError(f"stage_2.params.{name} is {values}", "one number, or two: trunk and head")
+    return int(values[0]), int(values[1])
