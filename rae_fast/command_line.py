@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rae_fast.config import Config
 from rae_fast.config_file import load_config
 from rae_fast.errors import UserError
+from rae_fast.runtime import follow_supervisor
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,5 +41,6 @@ def parse_tool(parser: argparse.ArgumentParser, argv: Sequence[str] | None = Non
     Raises:
         UserError: unknown flags, or a config that `load_config` refuses.
     """
+    follow_supervisor()
     args = parser.parse_intermixed_args(argv)
     return load_config(args.config, args.overrides), args

@@ -172,3 +172,11 @@ def _number(value: Any) -> int | None:
     if isinstance(value, list) and value:
         value = value[0]
     return int(value) if isinstance(value, int | str) and str(value).isdigit() else None
+
+
+def dit_params(config: Config, geometry: Geometry) -> dict[str, Any]:
+    """`stage_2.params` with the sizes that follow from the encoder and the data filled in where the file omits them."""
+    derived: dict[str, Any] = {"input_size": geometry.grid, "in_channels": geometry.latent_shape[0]}
+    if geometry.num_classes is not None:
+        derived["num_classes"] = geometry.num_classes
+    return {**derived, **config.stage_2.params}

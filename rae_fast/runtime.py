@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 
 from rae_fast.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+SUPERVISOR = "RAE_FAST_SUPERVISOR"  # environment variable: process id that this one must not outlive
+WATCH_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -117,3 +123,24 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def follow_supervisor() -> None:
+    """End this process when the one named in the environment is gone.
+
+    A launcher that is killed outright leaves its ranks behind, and they would go on writing beside the next run's.
+    """
+    if SUPERVISOR in os.environ:
+        pid = int(os.environ[SUPERVISOR])
+        threading.Thread(target=_exit_without, args=(pid,), daemon=True).start()
+
+
+def _exit_without(pid: int) -> None:
+    try:
+        supervisor = psutil.Process(pid)
+        # is_running compares start times, so that a recycled process id does not pass for the supervisor.
+        while supervisor.is_running() and supervisor.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(WATCH_INTERVAL_S)
+    except psutil.NoSuchProcess:
+        pass  # it went before or between the looks at it
+    os._exit(1)

@@ -1,0 +1,194 @@
+"""The whole job on one machine: images -> latent store -> decoder -> DiTDH -> samples -> evaluation -> report.
+
+Each stage calls the function behind the tool of that name; the two trainings run under the deepspeed launcher.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rae_fast.autoencoder.rae import build_rae
+from rae_fast.config import Config
+from rae_fast.config_file import load_config
+from rae_fast.demo.encoder import RANDOM_CONFIG, prepare_encoder
+from rae_fast.demo.evaluate import evaluate_demo
+from rae_fast.demo.launch import launch_training
+from rae_fast.demo.page import write_page
+from rae_fast.demo.photos import split_photos
+from rae_fast.demo.shapes import draw_dataset
+from rae_fast.demo.stages import Stages
+from rae_fast.errors import UserError
+from rae_fast.evaluation.images import save_grid, save_npz
+from rae_fast.geometry import resolve_geometry
+from rae_fast.latents.writer import build_cache
+from rae_fast.provenance import write_json
+from rae_fast.runtime import Ranks, device_name, pick_device
+from rae_fast.sampling import load_sampler, sample_images
+
+CONFIG = Path("configs/demo.yaml")
+DECODER_CONFIG = Path("configs/demo_decoder.yaml")
+IMAGES, HELD_OUT = 2400, 320
+SAMPLES_A_CLASS = 40
+SAMPLE_SEED = 0
+ORPHAN_WAIT_S = 20
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the command line asked for."""
+
+    folder: Path
+    data: Path | None = None
+    overrides: tuple[str, ...] = ()
+
+
+def run_demo(demo: Demo) -> dict[str, Any]:
+    """Run every stage that has not been run, write metrics.json and report.html, and return the metrics.
+
+    Raises:
+        UserError: unusable DATA, a misspelt override, an unwritable folder, or another demo at work in it.
+    """
+    start_s = time.monotonic()
+    # Before any work: a misspelt key must not cost the user the drawing of the images.
+    load_config(CONFIG, demo.overrides)
+    with _alone_in(demo.folder):
+        stages = Stages(demo.folder)
+        data = stages.run("data", "images", _data_inputs(demo), lambda: _data(demo))
+        encoder = stages.run(
+            "encoder", "frozen encoder", RANDOM_CONFIG, lambda: prepare_encoder(demo.folder / "encoder")
+        )
+        shared = [*_overrides(demo, data, encoder), *demo.overrides]
+        config, decoder_config = load_config(CONFIG, shared), load_config(DECODER_CONFIG, shared)
+        inputs = {"config": CONFIG.read_text(), "decoder": DECODER_CONFIG.read_text(), "overrides": shared}
+        stages.run("cache", "latent store", inputs, lambda: _cache(config))
+        stages.run(
+            "decoder", "decoder: L1 + perceptual + GAN", {}, lambda: _train_decoder(demo, decoder_config, shared)
+        )
+        stages.run("dit", "DiTDH on cached latents", {}, lambda: _train_dit(demo, config, shared))
+        drawn = load_config(CONFIG, [*shared, *_trained(demo)])
+        stages.run("samples", "samples with guidance", {}, lambda: _sample(demo, drawn))
+        stages.run("evaluation", "evaluation", {}, lambda: evaluate_demo(drawn, demo.folder, data["val"]))
+        metrics = _metrics(stages, time.monotonic() - start_s)
+        write_json(demo.folder / "metrics.json", metrics)
+        write_page(demo.folder, drawn, stages, metrics)
+    return metrics
+
+
+def _data_inputs(demo: Demo) -> dict[str, Any]:
+    if demo.data is None:
+        return {"images": IMAGES, "held_out": HELD_OUT}
+    files = sorted(str(path) for path in demo.data.rglob("*")) if demo.data.is_dir() else []
+    return {"data": str(demo.data.resolve()), "files": files}
+
+
+def _data(demo: Demo) -> dict[str, Any]:
+    if demo.data is not None:
+        classes, images = split_photos(demo.data, demo.folder / "data")
+        train, val, origin = demo.folder / "data/train", demo.folder / "data/val", f"{demo.data} (yours)"
+    else:
+        drawn = draw_dataset(demo.folder / "data", images=IMAGES, held_out=HELD_OUT)
+        train, val, origin = drawn.train, drawn.val, "drawn here"
+        classes, images = len([path for path in train.iterdir() if path.is_dir()]), IMAGES + HELD_OUT
+    return {"train": str(train), "val": str(val), "classes": classes, "images": images, "origin": origin}
+
+
+def _overrides(demo: Demo, data: dict[str, Any], encoder: dict[str, Any]) -> list[str]:
+    """What the config files leave open: this run's folders, the encoder found, the number of classes."""
+    return [
+        f"data.source={data['train']}",
+        f"data.val_source={data['val']}",
+        f"cache.path={demo.folder / 'store'}",
+        f"misc.num_classes={data['classes']}",
+        f"stage_1.params.encoder_params.dinov2_path={encoder['path']}",
+        f"stage_1.params.encoder_input_size={encoder['input_size']}",
+        f"stage_1.params.normalization_stat_path={demo.folder / 'store/stat.pt'}",
+    ]
+
+
+def _trained(demo: Demo) -> list[str]:
+    return [
+        f"stage_1.params.pretrained_decoder_path={demo.folder / 'decoder/export/model.pt'}",
+        f"stage_2.ckpt={demo.folder / 'dit/export/stage2_model.pt'}",
+    ]
+
+
+def _cache(config: Config) -> dict[str, Any]:
+    return build_cache(config, Ranks())
+
+
+def _train_decoder(demo: Demo, config: Config, shared: list[str]) -> dict[str, Any]:
+    folder = demo.folder / "decoder"
+    launch_training("tools/train_decoder.py", DECODER_CONFIG, [*shared, f"logging.run_folder={folder}"], config)
+    return {"run_folder": str(folder)}
+
+
+def _train_dit(demo: Demo, config: Config, shared: list[str]) -> dict[str, Any]:
+    folder = demo.folder / "dit"
+    launch_training("tools/train_dit.py", CONFIG, [*shared, f"logging.run_folder={folder}"], config)
+    return {"run_folder": str(folder)}
+
+
+def _sample(demo: Demo, config: Config) -> dict[str, Any]:
+    """Equally many images of every class to samples.npz, and a grid with one row for each class."""
+    device = pick_device(config.runtime.device)
+    geometry = resolve_geometry(config)
+    assert geometry.num_classes is not None
+    sampler = load_sampler(config, geometry, device)
+    rae = build_rae(config.stage_1, need_encoder=False).to(device).eval()
+    labels = np.repeat(np.arange(geometry.num_classes), SAMPLES_A_CLASS)
+    batches = list(sample_images(sampler, rae, labels, seed=SAMPLE_SEED, batch_size=64, device=device))
+    images = np.concatenate(batches)
+    save_npz(demo.folder / "samples.npz", images, labels)
+    columns = min(12, SAMPLES_A_CLASS)
+    by_class = images.reshape(geometry.num_classes, SAMPLES_A_CLASS, *images.shape[1:])[:, :columns]
+    save_grid(demo.folder / "samples.png", by_class.reshape(-1, *images.shape[1:]), columns)
+    return {"samples": len(images), "guidance_scale": config.guidance.scale, "steps": config.sampler.params.num_steps}
+
+
+def _metrics(stages: Stages, wall_s: float) -> dict[str, Any]:
+    cache, evaluation = stages.results["cache"], stages.results["evaluation"]
+    return {
+        **evaluation,
+        "images": cache["images"],
+        "failures": cache["failures"],
+        "store_bytes": cache["store_bytes"],
+        "samples": stages.results["samples"]["samples"],
+        "seconds": {**stages.seconds, "total": round(sum(stages.seconds.values()), 1)},
+        "seconds_of_this_call": round(wall_s, 1),
+        "peak_memory_bytes": stages.peak_memory_bytes,
+        "device": device_name(pick_device()),
+    }
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the lock falls with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}", "a writable folder", "give another one with --folder"
+        ) from error
+    with lock:
+        deadline_s = time.monotonic() + ORPHAN_WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                # Training processes of a killed demo notice its death within a second or so and go.
+                if time.monotonic() > deadline_s:
+                    raise UserError(
+                        f"another demo is at work in {folder}", "one at a time", "wait for it, or give --folder"
+                    ) from error
+                time.sleep(0.2)
+        yield

@@ -1,0 +1,102 @@
+"""Stages that are run once each and remembered: an interrupted run goes on from the last finished one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rae_fast.provenance import read_json, write_json
+
+SAMPLE_INTERVAL_S = 0.25
+
+
+class Stages:
+    """Runs named steps in order; each one's result (a JSON-able dict) is kept in `folder`/stages/<name>.json.
+
+    A step is skipped if its record is there and was made from the same inputs: its own, and those of every step
+    before it. A step that is not skipped makes all later ones run again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "stages"
+        self.seconds: dict[str, float] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+        self.peak_memory_bytes = 0
+        self._digest = ""
+
+    def run(self, name: str, title: str, inputs: Any, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run `step`, or take its result from an earlier run with the same `inputs` (any JSON-able value)."""
+        text = json.dumps([self._digest, name, inputs], sort_keys=True, default=str)
+        self._digest = hashlib.sha256(text.encode()).hexdigest()
+        path = self.folder / f"{name}.json"
+        record = read_json(path) if path.exists() else None
+        if record is None or record["inputs"] != self._digest:
+            print(f"== {title}", file=sys.stderr, flush=True)
+            path.unlink(missing_ok=True)
+            record = self._record(step)
+            write_json(path, record)
+            print(f"   {record['seconds']:.0f} s", file=sys.stderr, flush=True)
+        else:
+            print(f"== {title}: done before", file=sys.stderr, flush=True)
+        self.seconds[name] = record["seconds"]
+        self.results[name] = record["result"]
+        self.peak_memory_bytes = max(self.peak_memory_bytes, record["peak_memory_bytes"])
+        return record["result"]
+
+    def _record(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        start_s = time.monotonic()
+        with PeakMemory() as memory:
+            result = step()
+        seconds = round(time.monotonic() - start_s, 1)
+        return {
+            "inputs": self._digest,
+            "seconds": seconds,
+            "peak_memory_bytes": memory.peak_bytes,
+            "result": result,
+        }
+
+
+class PeakMemory:
+    """Largest sum of resident sizes of this process and all its descendants while the context is open, in bytes.
+
+    Pages that processes share are counted once for each of them, so this is an upper bound.
+    """
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while True:
+            self.peak_bytes = max(self.peak_bytes, resident_bytes(process))
+            if self._stop.wait(SAMPLE_INTERVAL_S):
+                return
+
+
+def resident_bytes(process: psutil.Process) -> int:
+    """Resident size of a process and its descendants."""
+    total = process.memory_info().rss
+    for child in process.children(recursive=True):
+        try:
+            total += child.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue  # it ended between the two calls
+    return total

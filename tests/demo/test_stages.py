@@ -1,0 +1,62 @@
+import numpy as np
+
+from rae_fast.demo.stages import PeakMemory, Stages
+
+
+def _run(folder, log: list[str], inputs_b: object = "same") -> Stages:
+    stages = Stages(folder)
+
+    def step(name: str):
+        def run() -> dict:
+            log.append(name)
+            return {"made_by": name}
+
+        return run
+
+    stages.run("a", "first", {"x": 1}, step("a"))
+    stages.run("b", "second", inputs_b, step("b"))
+    stages.run("c", "third", None, step("c"))
+    return stages
+
+
+def test_finished_stages_are_not_run_again(tmp_path) -> None:
+    log: list[str] = []
+    _run(tmp_path, log)
+    again = _run(tmp_path, log)
+    assert log == ["a", "b", "c"]
+    assert again.results["c"] == {"made_by": "c"}
+    assert set(again.seconds) == {"a", "b", "c"}
+
+
+def test_a_changed_input_runs_its_stage_and_all_later_ones(tmp_path) -> None:
+    log: list[str] = []
+    _run(tmp_path, log)
+    _run(tmp_path, log, inputs_b="other")
+    assert log == ["a", "b", "c", "b", "c"]
+
+
+def test_an_interrupted_stage_is_run_again_and_the_earlier_ones_are_not(tmp_path) -> None:
+    log: list[str] = []
+    stages = Stages(tmp_path)
+    stages.run("a", "first", {"x": 1}, lambda: log.append("a") or {})
+
+    def killed() -> dict:
+        log.append("b")
+        raise KeyboardInterrupt
+
+    try:
+        stages.run("b", "second", "same", killed)
+    except KeyboardInterrupt:
+        log.append("killed")
+    _run(tmp_path, log)
+    assert log == ["a", "b", "killed", "b", "c"]
+
+
+def test_peak_memory_sees_what_was_held_meanwhile() -> None:
+    with PeakMemory() as empty:
+        pass
+    with PeakMemory() as memory:
+        held = np.ones(200_000_000, dtype=np.uint8)
+        memory._stop.wait(0.6)
+        del held
+    assert memory.peak_bytes > empty.peak_bytes + 150_000_000

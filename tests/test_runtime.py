@@ -1,0 +1,70 @@
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from rae_fast.errors import UserError
+from rae_fast.runtime import SUPERVISOR, Ranks, pick_device, ranks_from_environment, set_precision
+
+FOLLOWER = (
+    "from rae_fast.runtime import follow_supervisor; import time; follow_supervisor(); print('up'); time.sleep(60)"
+)
+
+
+def test_ranks_come_from_the_launchers_environment(monkeypatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks_from_environment() == Ranks(0, 0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert ranks_from_environment() == Ranks(3, 1, 4)
+    assert not ranks_from_environment().is_main
+
+
+@pytest.mark.parametrize(("rank", "world"), [("4", "4"), ("x", "2")])
+def test_impossible_ranks_are_refused(monkeypatch, rank: str, world: str) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(UserError, match="RANK"):
+        ranks_from_environment()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_one_line() -> None:
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="no CUDA device"):
+        pick_device("cuda")
+
+
+def test_fp32_means_fp32() -> None:
+    assert set_precision("tf32") == torch.float32
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert set_precision("fp32") == torch.float32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(UserError, match="fp23"):
+        set_precision("fp23")
+
+
+def test_a_process_does_not_outlive_its_supervisor() -> None:
+    supervisor = subprocess.Popen(["sleep", "60"])
+    follower = subprocess.Popen(
+        [sys.executable, "-c", FOLLOWER],
+        env={**os.environ, SUPERVISOR: str(supervisor.pid), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert follower.stdout.readline() == b"up\n"
+        time.sleep(1)
+        assert psutil.pid_exists(follower.pid)
+        assert follower.poll() is None
+        supervisor.kill()
+        supervisor.wait()
+        assert follower.wait(timeout=10) == 1
+    finally:
+        supervisor.kill()
+        follower.kill()
