@@ -4,7 +4,7 @@ Everything memory-bound goes through three functions, `norm_modulate`, `gated_re
 a fused operation replaces one of them in one place.
 
 Shapes: B samples, N tokens, D width, H heads, P head width. Modulations are [B, 1, D] (per sample) or [B, N, D] (per
-token). Row statistics, modulation and rotation are in float32 or above; what enters a GEMM has the type of its weights.
+token). Row statistics, modulation and rotation are in float32 or above; what enters a GEMM has its weights' type.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae_fast.dit.embed import at_least_fp32, rotate
+from rae_fast.dit.embed import OwnTypeLinear, at_least_fp32, rotate
 
 NORM_EPS = 1e-6
 QK_LAYERNORM_EPS = 1e-5
@@ -59,13 +59,13 @@ def head_norm(head_width: int, use_rmsnorm: bool) -> nn.Module:
 
 def norm_modulate(x_BND: Tensor, norm: nn.Module, shift: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """norm(x) (1 + scale) + shift in float32, given out as `dtype`; no shift means zero."""
-    h_BND = norm(x_BND) * (1 + scale)
+    h_BND = norm(x_BND) * (1 + at_least_fp32(scale))
     return (h_BND if shift is None else h_BND + shift).to(dtype)
 
 
 def gated_residual(x_BND: Tensor, branch_BND: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * branch, in the type of the residual stream `x`."""
-    return x_BND + (gate * branch_BND).to(x_BND.dtype)
+    """x + gate * branch in float32, given out in the type of the residual stream `x`."""
+    return (x_BND + at_least_fp32(gate) * branch_BND).to(x_BND.dtype)
 
 
 def packed_attention(
@@ -170,6 +170,12 @@ def feed_forward(width: int, mlp_ratio: float, use_swiglu: bool) -> SwiGLU | Gel
     return SwiGLU(width, int(2 / 3 * hidden)) if use_swiglu else GeluMLP(width, hidden)
 
 
+def modulation_map(width: int, parts: int, per_token: bool) -> nn.Sequential:
+    """SiLU and the linear map from the condition to `parts` modulations; per sample it keeps float32 under autocast."""
+    linear = nn.Linear if per_token else OwnTypeLinear
+    return nn.Sequential(nn.SiLU(), linear(width, parts * width))
+
+
 class AdaLNBlock(nn.Module):
     """Attention and feed-forward, each normalized, modulated and gated by the condition (DiT, arXiv 2212.09748).
 
@@ -186,6 +192,7 @@ class AdaLNBlock(nn.Module):
         use_swiglu: bool,
         use_rmsnorm: bool,
         wo_shift: bool,
+        per_token: bool = False,
     ) -> None:
         super().__init__()
         self.wo_shift = wo_shift
@@ -193,7 +200,7 @@ class AdaLNBlock(nn.Module):
         self.norm2 = block_norm(width, use_rmsnorm)
         self.attn = Attention(width, num_heads, use_qknorm=use_qknorm, use_rmsnorm=use_rmsnorm)
         self.mlp = feed_forward(width, mlp_ratio, use_swiglu)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if wo_shift else 6) * width))
+        self.adaLN_modulation = modulation_map(width, 4 if wo_shift else 6, per_token)
 
     def modulation(self, silu_c: Tensor) -> Tensor:
         """The block's shifts, scales and gates [B, 1 or N, 6 D] from the condition after its SiLU."""
@@ -229,11 +236,11 @@ class AdaLNBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Norm, modulation without gate, and the map to the values of one patch."""
 
-    def __init__(self, width: int, patch_values: int, use_rmsnorm: bool) -> None:
+    def __init__(self, width: int, patch_values: int, *, use_rmsnorm: bool, per_token: bool = False) -> None:
         super().__init__()
         self.norm_final = block_norm(width, use_rmsnorm)
         self.linear = nn.Linear(width, patch_values)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = modulation_map(width, 2, per_token)
 
     def forward(self, x_BND: Tensor, silu_c: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, patch values]."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae_fast.dit.blocks import AdaLNBlock, FinalLayer
-from rae_fast.dit.embed import LabelEmbed, PatchEmbed, TimestepEmbed, at_least_fp32, sincos_table
+from rae_fast.dit.embed import LabelEmbed, PatchEmbed, TimestepEmbed, sincos_table
 from rae_fast.dit.trunk import DiffusionTransformer, check_heads, pair, rope_table, square
 
 
@@ -65,25 +65,23 @@ class DiTDH(DiffusionTransformer):
         table = sincos_table(trunk_width, self.grid)
         self.pos_embed = nn.Parameter(table, requires_grad=False) if use_pos_embed else None
         self.x_embedder = PatchEmbed(patch_size, in_channels, head_width)
-        self.s_embedder = PatchEmbed(patch_size, in_channels, trunk_width)
+        self.s_embedder = PatchEmbed(patch_size, in_channels, trunk_width, wide=True)
         self.s_projector = nn.Identity() if trunk_width == head_width else nn.Linear(trunk_width, head_width)
         self.t_embedder = TimestepEmbed(trunk_width)
         self.y_embedder = LabelEmbed(num_classes, trunk_width, class_dropout_prob)
         self.enc_feat_rope = rope_table(trunk_width, trunk_heads, self.grid) if use_rope else None
         self.dec_feat_rope = rope_table(head_width, head_heads, self.grid) if use_rope else None
-        self.final_layer = FinalLayer(head_width, patch_size**2 * in_channels, use_rmsnorm)
-        self.blocks = nn.ModuleList(
-            AdaLNBlock(
-                width,
-                heads,
-                mlp_ratio=mlp_ratio,
-                use_qknorm=use_qknorm,
-                use_swiglu=use_swiglu,
-                use_rmsnorm=use_rmsnorm,
-                wo_shift=wo_shift,
-            )
-            for width, heads in [(trunk_width, trunk_heads)] * trunk_depth + [(head_width, head_heads)] * head_depth
-        )
+        self.final_layer = FinalLayer(head_width, patch_size**2 * in_channels, use_rmsnorm=use_rmsnorm, per_token=True)
+        flags = {
+            "mlp_ratio": mlp_ratio,
+            "use_qknorm": use_qknorm,
+            "use_swiglu": use_swiglu,
+            "use_rmsnorm": use_rmsnorm,
+            "wo_shift": wo_shift,
+        }
+        trunk = [AdaLNBlock(trunk_width, trunk_heads, per_token=False, **flags) for _ in range(trunk_depth)]
+        head = [AdaLNBlock(head_width, head_heads, per_token=True, **flags) for _ in range(head_depth)]
+        self.blocks = nn.ModuleList(trunk + head)
         self.reset_parameters()
 
     def forward(
@@ -113,11 +111,11 @@ class DiTDH(DiffusionTransformer):
         The trunk's residual stream is float32 also when parameters are bfloat16, as under the reference's autocast:
         28 blocks of rounded sums are where bfloat16 training diverges.
         """
-        t_BD = at_least_fp32(self.t_embedder(t_B))
+        t_BD = self.t_embedder(t_B)
         c_BD = F.silu(t_BD + self.y_embedder(y_B, labeldrop_u))
         # Every block's modulation begins with one more SiLU: the same for all blocks, so computed once.
         silu_c_B1D = F.silu(c_BD)[:, None]
-        s_BND = at_least_fp32(self.s_embedder(x_BCHW))
+        s_BND = self.s_embedder(x_BCHW)
         if self.pos_embed is not None:
             s_BND = s_BND + self.pos_embed
         rope = None if self.enc_feat_rope is None else self.enc_feat_rope()

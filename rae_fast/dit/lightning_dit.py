@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae_fast.dit.blocks import AdaLNBlock, FinalLayer
-from rae_fast.dit.embed import LabelEmbed, PatchEmbed, TimestepEmbed, at_least_fp32, sincos_table
+from rae_fast.dit.embed import LabelEmbed, PatchEmbed, TimestepEmbed, sincos_table
 from rae_fast.dit.trunk import DiffusionTransformer, check_heads, rope_table, square
 
 
@@ -60,7 +60,7 @@ class LightningDiT(DiffusionTransformer):
         check_heads(hidden_size, num_heads)
         self.learn_sigma = learn_sigma
         self.pos_embed = nn.Parameter(sincos_table(hidden_size, self.grid), requires_grad=False)
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size, wide=True)
         self.t_embedder = TimestepEmbed(hidden_size)
         self.y_embedder = LabelEmbed(num_classes, hidden_size, class_dropout_prob)
         self.feat_rope = rope_table(hidden_size, num_heads, self.grid) if use_rope else None
@@ -77,7 +77,7 @@ class LightningDiT(DiffusionTransformer):
             for _ in range(depth)
         )
         out_channels = in_channels * (2 if learn_sigma else 1)
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels, use_rmsnorm)
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels, use_rmsnorm=use_rmsnorm)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -95,11 +95,11 @@ class LightningDiT(DiffusionTransformer):
             UserError: the latents have another shape than the model's.
         """
         self.check_latents(x_BCHW)
-        c_BD = at_least_fp32(self.t_embedder(t_B)) + self.y_embedder(y_B, labeldrop_u)
+        c_BD = self.t_embedder(t_B) + self.y_embedder(y_B, labeldrop_u)
         # Every block's modulation begins with this SiLU: the same for all blocks, so computed once.
         silu_c_B1D = F.silu(c_BD)[:, None]
         # A float32 residual stream also with bfloat16 parameters, as under the reference's autocast.
-        x_BND = at_least_fp32(self.x_embedder(x_BCHW)) + self.pos_embed
+        x_BND = self.x_embedder(x_BCHW) + self.pos_embed
         rope = None if self.feat_rope is None else self.feat_rope()
         for block in self.blocks:
             x_BND = self.run_block(block, x_BND, silu_c_B1D, rope)
