@@ -7,7 +7,6 @@ Shapes: B samples, [C, H, W] a latent, [3, S, S] an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -28,6 +27,8 @@ from rae_fast.runtime import DTYPES
 from rae_fast.transport.guidance import Velocity, guided_velocity
 from rae_fast.transport.objective import Transport
 from rae_fast.transport.samplers import sample
+
+EXACT_BATCH = 32
 
 
 @dataclass
@@ -101,13 +102,20 @@ def load_sampler(config: Config, geometry: Geometry, device: torch.device) -> La
     return LatentSampler(model.to(device).eval(), config, geometry, guide)
 
 
-def sample_images(
-    sampler: LatentSampler, rae: RAE, labels: np.ndarray, *, seed: int, batch_size: int, device: torch.device
-) -> Iterator[np.ndarray]:
-    """Images uint8 [B, S, S, 3] for labels int64 [n], batch by batch; image i uses sample index i."""
-    for start in range(0, len(labels), batch_size):
-        labels_B = torch.as_tensor(labels[start : start + batch_size], device=device)
-        index_B = torch.arange(start, start + len(labels_B), device=device)
-        latents = sampler.draw(labels_B, index_B, seed)
-        with torch.no_grad():
-            yield to_uint8(rae.decode(latents))
+@torch.no_grad()
+def draw_images(sampler: LatentSampler, rae: RAE, labels: np.ndarray, index: np.ndarray, seed: int) -> np.ndarray:
+    """Images uint8 [n, S, S, 3] for labels and sample indices, both int64 [n].
+
+    Matrix products round differently for different numbers of rows, so the work is always done in pieces of exactly
+    `EXACT_BATCH` rows, the last one padded: image i has the same bytes whatever it is drawn together with.
+    """
+    device = next(sampler.model.parameters()).device
+    images = []
+    for start in range(0, len(index), EXACT_BATCH):
+        piece = slice(start, start + EXACT_BATCH)
+        padding = (0, EXACT_BATCH - len(index[piece]))
+        labels_B = torch.as_tensor(np.pad(labels[piece], padding, mode="edge"), device=device)
+        index_B = torch.as_tensor(np.pad(index[piece], padding, mode="edge"), device=device)
+        decoded = rae.decode(sampler.draw(labels_B, index_B, seed))
+        images.append(to_uint8(decoded)[: len(index[piece])])
+    return np.concatenate(images)

@@ -31,7 +31,7 @@ from rae_fast.geometry import resolve_geometry
 from rae_fast.latents.writer import build_cache
 from rae_fast.provenance import write_json
 from rae_fast.runtime import Ranks, device_name, pick_device
-from rae_fast.sampling import load_sampler, sample_images
+from rae_fast.sampling import draw_images, load_sampler
 
 CONFIG = Path("configs/demo.yaml")
 DECODER_CONFIG = Path("configs/demo_decoder.yaml")
@@ -144,8 +144,7 @@ def _sample(demo: Demo, config: Config) -> dict[str, Any]:
     sampler = load_sampler(config, geometry, device)
     rae = build_rae(config.stage_1, need_encoder=False).to(device).eval()
     labels = np.repeat(np.arange(geometry.num_classes), SAMPLES_A_CLASS)
-    batches = list(sample_images(sampler, rae, labels, seed=SAMPLE_SEED, batch_size=64, device=device))
-    images = np.concatenate(batches)
+    images = draw_images(sampler, rae, labels, np.arange(len(labels)), SAMPLE_SEED)
     save_npz(demo.folder / "samples.npz", images, labels)
     columns = min(12, SAMPLES_A_CLASS)
     by_class = images.reshape(geometry.num_classes, SAMPLES_A_CLASS, *images.shape[1:])[:, :columns]
