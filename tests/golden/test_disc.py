@@ -1,0 +1,229 @@
+"""Discriminator, augmentation and losses against the numbers of the reference (golden README, section 4)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rae_fast.autoencoder.augment import DiffAugment
+from rae_fast.autoencoder.discriminator import (
+    DinoBackbone,
+    DinoRecipe,
+    DiscriminatorHeads,
+    SpectralConv1d,
+    load_backbone_weights,
+)
+from rae_fast.autoencoder.losses import (
+    VGG_CONVOLUTIONS,
+    Lpips,
+    adaptive_weight,
+    generator_loss,
+    hinge_discriminator_loss,
+    vanilla_discriminator_loss,
+)
+
+GATE = 5e-5
+ELEMENTWISE_GATE = 2e-6
+VARIANTS = ("bn_sn", "bn_nosn", "gn_sn")
+VGG_CHANNELS = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+
+
+class Arrays:
+    """The arrays of one .npz as tensors."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            pytest.skip(f"no {path.name} in this folder")
+        self.arrays = np.load(path)
+        self.meta: dict[str, Any] = json.loads(str(self.arrays["meta"]))
+
+    def __getitem__(self, key: str) -> Tensor:
+        return torch.from_numpy(np.array(self.arrays[key]))
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): self[key] for key in self.arrays.files if key.startswith(prefix)}
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    ours, theirs = ours.detach().double(), theirs.double()
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+
+
+def assert_gradients(parameters: dict[str, Tensor], arrays: Arrays, prefix: str, gate: float = GATE) -> None:
+    """Norm of each parameter's gradient, and its checksum sum(g_i cos(0.1 i))."""
+    names = [str(name) for name in arrays.arrays[f"{prefix}param_names"]]
+    assert set(names) == set(parameters)
+    largest = float(arrays[f"{prefix}param_norms"].max())
+    for name, norm, checksum in zip(
+        names, arrays[f"{prefix}param_norms"], arrays[f"{prefix}param_cosdot"], strict=True
+    ):
+        grad = parameters[name].grad.double().flatten()
+        scale = max(float(norm), 1e-3 * largest)  # a bias in front of a norm has rounding noise for a gradient
+        assert abs(grad.norm() - norm) <= gate * scale, name
+        ours = (grad * torch.cos(0.1 * torch.arange(len(grad), dtype=torch.float64))).sum()
+        assert abs(ours - checksum) <= gate * scale * len(grad) ** 0.5, name
+
+
+def build(arrays: Arrays) -> tuple[DinoBackbone, DiscriminatorHeads]:
+    sizes, arch = arrays.meta["recipe"], arrays.meta["arch_cfg"]
+    known = ("depth", "embed_dim", "num_heads", "patch_size", "mlp_ratio", "norm_eps")
+    backbone = DinoBackbone(DinoRecipe(**{key: sizes[key] for key in known}), arch["key_depths"])
+    load_backbone_weights(backbone, arrays.below("dino_sd/"), "fixture")
+    heads = DiscriminatorHeads(
+        1 + len(backbone.key_depths),
+        sizes["embed_dim"],
+        kernel_size=arch["ks"],
+        norm_type=arch["norm_type"],
+        spectral_norm=arch["using_spec_norm"],
+    )
+    heads.load_state_dict(arrays.below("sd/"), strict=True)
+    return backbone, heads
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_backbone_activations_are_the_reference_s(golden_dir: Path, variant: str) -> None:
+    arrays = Arrays(golden_dir / "disc" / f"disc_{variant}.npz")
+    backbone, _ = build(arrays)
+    activations = backbone(arrays["in/fake"][:1])
+    assert len(activations) == arrays.meta["n_heads"]
+    for i, activation in enumerate(activations):
+        assert relative(activation, arrays[f"out/eval_act{i}"]) <= GATE
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_logits_loss_and_head_gradients_are_the_reference_s(golden_dir: Path, variant: str) -> None:
+    arrays = Arrays(golden_dir / "disc" / f"disc_{variant}.npz")
+    backbone, heads = build(arrays)
+    heads.train()
+    fake, real = heads(backbone(arrays["in/fake"])), heads(backbone(arrays["in/real"]))
+    assert relative(fake, arrays["out/train_logits_fake"]) <= GATE
+    assert relative(real, arrays["out/train_logits_real"]) <= GATE
+    loss = hinge_discriminator_loss(real, fake)
+    loss.backward()
+    assert relative(loss, arrays["grad/d_loss_hinge"]) <= GATE
+    assert_gradients(dict(heads.named_parameters()), arrays, "grad/")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_evaluation_logits_and_image_gradient_are_the_reference_s(golden_dir: Path, variant: str) -> None:
+    arrays = Arrays(golden_dir / "disc" / f"disc_{variant}.npz")
+    backbone, heads = build(arrays)
+    heads.eval()
+    if arrays.meta["arch_cfg"]["using_spec_norm"]:
+        restore_untrained_sigma(heads, backbone, arrays)
+    fake = arrays["in/fake"].requires_grad_()
+    logits = heads(backbone(fake))
+    assert relative(logits, arrays["out/eval_logits_fake"]) <= GATE
+    assert relative(heads(backbone(arrays["in/real"])), arrays["out/eval_logits_real"]) <= GATE
+    loss = generator_loss(logits)
+    assert relative(loss, arrays["grad/g_loss"]) <= GATE
+    assert relative(torch.autograd.grad(loss, fake)[0], arrays["grad/g_loss_wrt_fake"]) <= GATE
+
+
+@torch.no_grad()
+def restore_untrained_sigma(heads: DiscriminatorHeads, backbone: DinoBackbone, arrays: Arrays) -> None:
+    """Find the u that the evaluation logits were made with.
+
+    The fixture's `weight_u` and `weight_v` equal those of `after_train_fwd`, although evaluation ran before: what is
+    missing is one number a convolution, its sigma = u^T W v. In front of a norm only sigma's sign matters; the sigma
+    of the last convolution is a scale, found from one logit. All other logits, and both gradients, remain to be met.
+    """
+    tokens = arrays.meta["logits_len"] // arrays.meta["n_heads"]
+    wanted = arrays["out/eval_logits_fake"]
+    activations = backbone(arrays["in/fake"])
+    for i, head in enumerate(heads.heads):
+        theirs = wanted[:, i * tokens : (i + 1) * tokens]
+        norms = [module for module in head.modules() if isinstance(module, SpectralConv1d)]
+        best: tuple[float, Callable[[], None]] | None = None
+        for signs in itertools.product((1.0, -1.0), repeat=2):
+            ours = head_logits(head, norms, signs, activations[i])
+            shift = float(norms[2].bias)
+            at = int((ours - shift).abs().argmax())
+            scale = float((theirs.flatten()[at] - shift) / (ours.flatten()[at] - shift))
+            error = relative((ours - shift) * scale + shift, theirs)
+            if best is None or error < best[0]:
+                best = (error, lambda n=norms, s=signs, k=scale: keep(n, s, k))
+        assert best is not None
+        best[1]()
+
+
+def head_logits(head: torch.nn.Module, convs: list[SpectralConv1d], signs: tuple[float, ...], x: Tensor) -> Tensor:
+    keep(convs, signs, 1.0)
+    logits = head(x).flatten(1)
+    keep(convs, signs, 1.0)
+    return logits
+
+
+def keep(convs: list[SpectralConv1d], signs: tuple[float, ...], scale: float) -> None:
+    """Flip or scale each convolution's u (twice with the same signs restores it)."""
+    for conv, sign in zip(convs, signs, strict=False):
+        conv.weight_u.mul_(sign)
+    convs[2].weight_u.div_(scale)
+
+
+@pytest.fixture(scope="module")
+def losses(golden_dir: Path) -> Arrays:
+    return Arrays(golden_dir / "disc" / "losses_aug_lpips.npz")
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["all_cut0", "all_cut0.2", "all_cut0.5", "negprob_nocut"]
+    + [f"p.5_{policy}" for policy in ("color_only", "cut_only", "none", "trans_only")],
+)
+def test_augmentation_with_given_draws_is_the_reference_s(losses: Arrays, case: str) -> None:
+    augment = DiffAugment(**losses.meta[f"diffaug/{case}"])
+    ours = augment(losses["diffaug/x"], losses[f"diffaug/u3/{case}"], losses["diffaug/u7"].reshape(7, -1))
+    assert relative(ours, losses[f"diffaug/out/{case}"]) <= ELEMENTWISE_GATE
+
+
+def test_adversarial_losses_are_the_reference_s(losses: Arrays) -> None:
+    real, fake = losses["gan/logits_real"], losses["gan/logits_fake"]
+    assert relative(hinge_discriminator_loss(real, fake), losses["gan/hinge_d_mean"]) <= ELEMENTWISE_GATE
+    assert relative(vanilla_discriminator_loss(real, fake), losses["gan/vanilla_d_mean"]) <= ELEMENTWISE_GATE
+    assert relative(generator_loss(fake), losses["gan/vanilla_g_mean"]) <= ELEMENTWISE_GATE
+
+
+@pytest.mark.parametrize(("case", "scale"), [("normal", 1.0), ("tiny_gan_grad_clamped", 1e-9), ("zero_gan_grad", 0.0)])
+def test_adaptive_weight_is_the_reference_s(losses: Arrays, case: str, scale: float) -> None:
+    weight = losses["adapt/W"].requires_grad_()
+    y = losses["adapt/x"] @ weight.T
+    reconstruction = (y - losses["adapt/target"]).abs().mean()
+    adversarial = -(y @ losses["adapt/v"]).mean() * scale
+    (rec_grad,) = torch.autograd.grad(reconstruction, weight, retain_graph=True)
+    (gan_grad,) = torch.autograd.grad(adversarial, weight)
+    assert relative(adaptive_weight(rec_grad, gan_grad), losses[f"adapt/d_weight/{case}"]) <= ELEMENTWISE_GATE
+
+
+def formula_vgg() -> dict[str, Tensor]:
+    """The weights that the README defines by a formula, under torchvision's names."""
+    weights = {}
+    for i, layer in enumerate(VGG_CONVOLUTIONS):
+        inputs, outputs = VGG_CHANNELS[i : i + 2]
+        k = np.arange(outputs * inputs * 9, dtype=np.float64)
+        u = np.mod(0.6180339887498949 * k + 0.37 * (i + 1) + 1e-7 * k * k % 1.0, 1.0) - 0.5
+        kernel = u * np.sqrt(12) * np.sqrt(2 / (inputs * 9))
+        bias = 0.1 * (np.mod(0.7548776662466927 * np.arange(outputs) + 0.11 * i, 1.0) - 0.5)
+        weights[f"features.{layer}.weight"] = torch.from_numpy(kernel.reshape(outputs, inputs, 3, 3)).float()
+        weights[f"features.{layer}.bias"] = torch.from_numpy(bias).float()
+    return weights
+
+
+def test_lpips_and_its_gradient_are_the_reference_s(losses: Arrays) -> None:
+    lpips = Lpips(formula_vgg())
+    recon = ((losses["lpips/b"] + 1) / 2).requires_grad_()
+    target = (losses["lpips/a"] + 1) / 2
+    distance = lpips(recon, target)
+    assert relative(distance, losses["lpips/out_mean"]) <= GATE
+    (grad,) = torch.autograd.grad(distance, recon)
+    assert relative(grad / 2, losses["lpips/grad_b"]) <= GATE  # [0, 1] against the fixture's [-1, 1]
+    assert float(lpips(target, target)) == 0.0
