@@ -1,0 +1,69 @@
+"""A look of a few microseconds at encoded bytes: may DALI have them, or does PIL have to try?
+
+One bad image costs DALI its whole batch and the pipeline, so that nothing doubtful goes there.
+"""
+
+from __future__ import annotations
+
+import zlib
+from io import BytesIO
+from struct import error as StructError
+
+import numpy as np
+from PIL import Image
+
+from rae_fast.images.entries import ReadError
+
+# Far above this DALI holds too much memory per thread; PIL decodes one image at a time.
+MAX_DALI_PIXELS = 20_000_000
+END_OF_IMAGE = b"\xff\xd9"
+TAIL_BYTES = 64 * 1024
+JPEG_START = b"\xff\xd8\xff"
+# What PIL's decoders raise on damaged bytes. Nothing else is caught: another exception is a fault of ours.
+PIL_FAILURES = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    ZeroDivisionError,
+    NotImplementedError,
+    MemoryError,
+    StructError,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+def fit_for_dali(data: bytes) -> bool:
+    """Whether these are the bytes of a whole 8-bit gray or colour JPEG of sane size, which DALI decodes as PIL does."""
+    from nvidia import nvimgcodec
+
+    if not data.startswith(JPEG_START) or END_OF_IMAGE not in data[-TAIL_BYTES:]:
+        return False
+    try:
+        stream = nvimgcodec.CodeStream(data)
+        pixels, channels = stream.height * stream.width, stream.num_channels
+    except RuntimeError:
+        return False
+    return 0 < pixels <= MAX_DALI_PIXELS and channels in (1, 3)
+
+
+def decode_pil(data: bytes) -> np.ndarray:
+    """Decode any image that PIL reads, first frame, `convert("RGB")`, EXIF orientation ignored: uint8 [H, W, 3].
+
+    Raises:
+        ReadError: PIL cannot; the reason in one line.
+    """
+    try:
+        with Image.open(BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except PIL_FAILURES as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        # PIL prints the address of the buffer, which says nothing.
+        raise ReadError(text.split(" <_io.BytesIO")[0]) from error
