@@ -31,8 +31,8 @@ def shift_from_size(dim: int, base: int = 4096) -> float:
 
 
 def shift_time(t: Tensor | float, shift: float) -> Tensor | float:
-    """t' = s t / (1 + (s - 1) t): more noise for s > 1, less for s < 1."""
-    return shift * t / (1 + (shift - 1) * t)
+    """t' = s t / (1 + (s - 1) t): more noise for s > 1, less for s < 1; the ends 0 and 1 stay exactly there."""
+    return shift * t / ((1 - t) + shift * t)
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,15 @@ class Transport:
                 raise UserError(f"transport.params.{name}: {value}", "a number from 0 to 0.5")
         return train, sample
 
-    def sampling_interval(self) -> tuple[float, float]:
-        """Interval of 1 - t for the ODE; noise and score predictions keep off t = 1, where alpha = 0."""
+    def sampling_interval(self, grid: str = "reference") -> tuple[float, float]:
+        """Interval of 1 - t for samplers.
+
+        Noise and score predictions keep off t = 1, where alpha = 0. So does VP, whose velocity is infinite there, but
+        on the reference's grid.
+        """
         low, high = check_interval(self.path.name, self.prediction, self.sample_eps)
-        return (max(low, self.sample_eps) if self.prediction in ("noise", "score") else low), high
+        singular = self.prediction in ("noise", "score") or (self.path.name == "VP" and grid != "reference")
+        return (max(low, self.sample_eps) if singular else low), high
 
     def sample_time(self, u_B: Tensor) -> Tensor:
         """Map uniforms [B] in [0, 1) to training times, float32 [B], shifted."""

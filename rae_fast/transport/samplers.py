@@ -187,7 +187,7 @@ def sample(
         num_steps=params.num_steps,
         grid=params.grid,
         shift=transport.shift,
-        interval=transport.sampling_interval(),
+        interval=transport.sampling_interval(params.grid),
         atol=params.atol,
         rtol=params.rtol,
         reverse=params.reverse,

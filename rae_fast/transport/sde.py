@@ -117,7 +117,7 @@ def _sde_times(
         diffusion_form=form,
         last_step_size=last_step_size,
     )
-    low = max(low, transport.sampling_interval()[0])
+    low = max(low, transport.sampling_interval(grid)[0])
     if grid != "full":
         return time_grid(num_steps, grid, transport.shift, (low, high)), last_step_size
     if not last_step_size:
