@@ -107,12 +107,12 @@ class ImagePipeline:
         self,
         index: ImageIndex,
         positions: Sequence[int] | np.ndarray | None = None,
-        *,
-        image_size: int,
+        image_size: int = 256,
         crop_mode: str = "exact",
         batch_size: int | None = None,
         device: torch.device | str = "cpu",
         threads: int | None = None,
+        *,
         hw_decoder_load: float = 0.65,
         random_crop: RandomCrop | None = None,
     ) -> None:
@@ -276,4 +276,4 @@ class ImagePipeline:
         ]
         valid_B = torch.tensor([reason is None for reason in job.reasons])
         images = job.images_B3SS.to(self.device)
-        return ImageBatch(torch.from_numpy(job.positions_B), images, valid_B.to(self.device), failures)
+        return ImageBatch(torch.from_numpy(job.positions_B), images, valid_B, failures)
