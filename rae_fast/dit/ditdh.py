@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae_fast.dit.blocks import AdaLNBlock, FinalLayer
-from rae_fast.dit.embed import LabelEmbed, PatchEmbed, TimestepEmbed, sincos_table
+from rae_fast.dit.embed import LabelEmbed, PatchEmbed, TimestepEmbed
 from rae_fast.dit.trunk import DiffusionTransformer, check_heads, pair, rope_table, square
+from rae_fast.patches import sincos_table, unpatchify
 
 
 class DiTDH(DiffusionTransformer):
@@ -129,4 +130,4 @@ class DiTDH(DiffusionTransformer):
         rope = None if self.dec_feat_rope is None else self.dec_feat_rope()
         for block in self.blocks[self.trunk_depth :]:
             x_BNE = self.run_block(block, x_BNE, silu_s_BNE, rope)
-        return self.unpatchify(self.final_layer(x_BNE, silu_s_BNE))
+        return unpatchify(self.final_layer(x_BNE, silu_s_BNE), self.patch_size, self.grid)

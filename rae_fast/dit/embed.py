@@ -1,4 +1,4 @@
-"""Embeddings of the diffusion transformers: patches, timestep, label, and the two position tables.
+"""Embeddings of the diffusion transformers: patches, timestep, label and rotary positions.
 
 Shapes: B samples, C latent channels, H and W latent sides, N tokens, D width, P head width.
 Tables and timestep mathematics stay in float32 (or float64) whatever the parameters' type: bfloat16 has eight bits of
@@ -143,19 +143,6 @@ class LabelEmbed(nn.Module):
     def reset_parameters(self) -> None:
         """Normal of standard deviation 0.02."""
         nn.init.normal_(self.embedding_table.weight, std=TABLE_STD)
-
-
-def sincos_table(width: int, grid: int) -> Tensor:
-    """Fixed sine-cosine positions [1, grid * grid, width], float32, computed in float64.
-
-    The first half of the channels encodes the column, the second the row; each is [sin, cos] of pos / 10000^(4k/width).
-    """
-    omega = ROPE_THETA ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega[None, :]
-    one_axis = torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
-    column = one_axis[None, :, :].expand(grid, -1, -1)
-    row = one_axis[:, None, :].expand(-1, grid, -1)
-    return torch.cat([column, row], dim=-1).reshape(1, grid * grid, width).float()
 
 
 class RotaryTable(nn.Module):

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae_fast.dit.blocks import AdaLNBlock, FinalLayer
-from rae_fast.dit.embed import LabelEmbed, PatchEmbed, TimestepEmbed, sincos_table
+from rae_fast.dit.embed import LabelEmbed, PatchEmbed, TimestepEmbed
 from rae_fast.dit.trunk import DiffusionTransformer, check_heads, rope_table, square
+from rae_fast.patches import sincos_table, unpatchify
 
 
 class LightningDiT(DiffusionTransformer):
@@ -103,5 +104,5 @@ class LightningDiT(DiffusionTransformer):
         rope = None if self.feat_rope is None else self.feat_rope()
         for block in self.blocks:
             x_BND = self.run_block(block, x_BND, silu_c_B1D, rope)
-        v_BCHW = self.unpatchify(self.final_layer(x_BND, silu_c_B1D))
+        v_BCHW = unpatchify(self.final_layer(x_BND, silu_c_B1D), self.patch_size, self.grid)
         return v_BCHW[:, : self.in_channels]

@@ -1,4 +1,4 @@
-"""What both diffusion transformers share: checks of the geometry, running blocks, patches back to latents.
+"""What both diffusion transformers share: checks of the geometry, initialization, running blocks.
 
 Shapes: B samples, C latent channels, H and W latent sides, N tokens, D width.
 """
@@ -72,12 +72,6 @@ class DiffusionTransformer(nn.Module):
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x_BND, silu_c, rope, use_reentrant=False)
         return block(x_BND, silu_c, rope)
-
-    def unpatchify(self, x_BNE: Tensor) -> Tensor:
-        """[B, N, p p C] -> [B, C, H, W], patch values ordered row, column, channel."""
-        p, g = self.patch_size, self.grid
-        x = x_BNE.unflatten(1, (g, g)).unflatten(-1, (p, p, -1))
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def rope_table(width: int, num_heads: int, grid: int) -> RotaryTable:

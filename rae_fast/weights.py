@@ -1,0 +1,79 @@
+"""Reading files of weights without running code that they may hold, and loading them whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rae_fast.errors import UserError
+
+SHOWN = 3
+
+
+def read_weights_file(path: str | Path) -> Any:
+    """What a `.safetensors` or a `.pt` file holds, on the CPU; pickled code is refused, not run.
+
+    Raises:
+        UserError: the file is missing, truncated, not of either format, or holds more than tensors and plain values.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", "a .pt or .safetensors file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path} cannot be read as weights: {reason}",
+            "tensors and plain values only",
+            "it is corrupt, or holds pickled code, which is never run",
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path} cannot be read: {reason}", "a whole .pt or .safetensors file", "copy it again"
+        ) from error
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Any], source: str | Path, cause: str = "") -> None:
+    """Copy `tensors` into `module` if names and shapes agree exactly; otherwise leave the module as it is.
+
+    Args:
+        module: parameters and buffers to fill.
+        tensors: a state dict.
+        source: file that the message names.
+        cause: what most likely explains a mismatch.
+
+    Raises:
+        UserError: the first three missing, surplus or differently shaped names, with shapes.
+    """
+    wanted = module.state_dict()
+    found = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    differences = [
+        *(f"{name} {list(wanted[name].shape)} is missing" for name in wanted if name not in found),
+        *(f"{name} is surplus" for name in tensors if name not in wanted),
+        *(
+            f"{name} is {list(found[name].shape)}, not {list(wanted[name].shape)}"
+            for name in wanted
+            if name in found and found[name].shape != wanted[name].shape
+        ),
+    ]
+    if differences:
+        shown = "; ".join(differences[:SHOWN])
+        more = f" and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        raise UserError(
+            f"{source} does not fit {type(module).__name__}: {shown}{more}",
+            f"the {len(wanted)} tensors of the configured model",
+            cause or "check that the sizes in the config are those the weights were trained with",
+        )
+    module.load_state_dict(found, strict=True)
