@@ -29,7 +29,7 @@ from rae_fast.training.deepspeed_setup import initialize, read_deepspeed_config,
 from rae_fast.training.ema import FlatEMA
 from rae_fast.training.shards import PlainShards, Shards, Zero3Shards, ZeroShards, gather
 
-# What `Engine.record` holds, in this order.
+# What `Engine.record` holds, in this order; whatever `observe` was given comes behind.
 RECORD = ("loss", "grad_norm", "skipped", "stop")
 
 
@@ -70,7 +70,7 @@ class Engine:
         accumulation: int = 1,
         micro_batch: int = 1,
         clip_grad: float | None = None,
-        ema_decays: Sequence[float] = (),
+        ema_decays: Sequence[float | str] = (),
     ) -> None:
         runtime = runtime or Runtime(precision="fp32")
         self.ranks, self.device, self.lr_at, self.accumulation = ranks, device, lr, accumulation
@@ -79,6 +79,7 @@ class Engine:
         self.stop_requested = False
         self.record = torch.zeros(len(RECORD), dtype=torch.float64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._observed: Tensor | None = None
         self._autocast = runtime.precision == "bf16"
         self._compile = runtime.compile
         set_precision(runtime.precision)
@@ -135,6 +136,11 @@ class Engine:
         else:
             (loss / self.accumulation).backward()
 
+    def observe(self, values: Tensor) -> None:
+        """Add a 1-D tensor of figures, of one size throughout; `record` holds their sums over micro-steps and ranks."""
+        values = values.detach().to(torch.float64)
+        self._observed = values if self._observed is None else self._observed + values
+
     def step(self) -> bool:
         """Finish a micro-step; at the end of a group also clip, step the optimizer and update the EMA.
 
@@ -155,8 +161,9 @@ class Engine:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         if boundary:
-            self.ema.update(self.shards.masters, keep=1 - self.optimizer.found_inf)
+            self.ema.update(self.shards.masters, keep=1 - self.optimizer.found_inf, step=self.steps + 1)
             self._loss.zero_()
+            self._observed = None
             self.steps += 1
         return boundary
 
@@ -195,12 +202,14 @@ class Engine:
                 torch.full_like(self._loss, float(self.stop_requested)),
             ]
         )
+        if self._observed is not None:
+            sums = torch.cat([sums, self._observed])
         if self.ranks.world > 1:
             dist.all_reduce(sums)
-        loss, squares, bad, stop = sums.unbind()
+        loss, squares, bad, stop = sums[: len(RECORD)].unbind()
         norm = squares.sqrt()
         skipped = ((bad > 0) | ~norm.isfinite()).double()
-        self.record = torch.stack([loss, norm, skipped, stop])
+        self.record = torch.cat([torch.stack([loss, norm, skipped, stop]), sums[len(RECORD) :]])
         self.optimizer.found_inf = skipped.float()
         scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1.0) if self.clip_grad else torch.ones_like(norm)
         self.optimizer.grad_scale = scale.float()
@@ -211,12 +220,12 @@ class Engine:
         """The online weights as a full float32 state dict on the CPU; collective, empty where `keep` is False."""
         return self._state_dict(self.shards.masters, keep)
 
-    def ema_weights(self, decay: Any = None, *, keep: bool = True) -> dict[str, Tensor]:
+    def ema_weights(self, decay: float | str | None = None, *, keep: bool = True) -> dict[str, Tensor]:
         """As `weights`, of one EMA (the first if None); buffers and frozen parameters are the online ones."""
         return self._state_dict(self.ema.shards(decay), keep)
 
     @contextmanager
-    def ema_applied(self, decay: Any = None) -> Iterator[nn.Module]:
+    def ema_applied(self, decay: float | str | None = None) -> Iterator[nn.Module]:
         """A module of its own, in eval mode, with EMA weights; the online module is not touched. Collective."""
         yield self._standalone(self.ema_weights(decay))
 

@@ -1,0 +1,151 @@
+"""Reads checkpoints: which one is whole, and its pieces into engines of any layout; `checkpoint.py` has the format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from rae_fast.errors import UserError
+from rae_fast.provenance import read_json, sha256_file
+from rae_fast.runtime import Ranks
+from rae_fast.training.engine import Engine
+from rae_fast.training.shards import Segment
+
+FORMAT = 1
+PREFIX = "step-"
+
+
+def find_damage(path: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a checkpoint, or None; ranks share the files among them and agree on the answer."""
+    found = None
+    try:
+        manifest = read_json(path / "manifest.json")
+        files = sorted(manifest["files"].items())
+        for name, facts in files[ranks.rank :: ranks.world]:
+            if not (path / name).exists():
+                found = f"{name} is missing"
+            elif (path / name).stat().st_size != facts["bytes"]:
+                found = f"{name} has {(path / name).stat().st_size} bytes instead of {facts['bytes']}"
+            elif sha256_file(path / name) != facts["sha256"]:
+                found = f"{name}: checksum differs"
+            if found:
+                break
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        found = f"manifest.json: {error}"
+    if ranks.world == 1:
+        return found
+    answers: list[str | None] = [None] * ranks.world
+    dist.all_gather_object(answers, found)
+    return next((answer for answer in answers if answer), None)
+
+
+def load_into(path: Path, engines: Mapping[str, Engine]) -> dict[str, Any]:
+    """Copy a whole checkpoint into engines of the same models; collective.
+
+    Raises:
+        UserError: engines, parameter names, shapes or EMA decays differ.
+    """
+    manifest, state = read_json(path / "manifest.json"), read_json(path / "state.json")
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{path}: format {manifest['format']}", f"format {FORMAT}", "use the version that wrote it")
+    for name, engine in engines.items():
+        check_same_model(path, name, manifest["engines"].get(name), engine)
+        pieces = read_pieces(path, manifest["world"], name)
+        for kind, flats in engine.flat_state().items():
+            read_kind(path, f"{name}/{kind}", pieces, engine.shards.segments, flats)
+    with safe_open(path / "fixed.safetensors", "pt") as file:
+        for name, engine in engines.items():
+            keys = [key for key in file.keys() if key.startswith(f"{name}/")]  # noqa: SIM118 - not a mapping
+            fixed = {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in keys}
+            engine.restore(state["engines"][name], fixed)
+    return {**state["trainer"], "step": manifest["step"]}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + length) of a parameter lie in `file` from `offset` on."""
+
+    start: int
+    length: int
+    file: str
+    offset: int
+
+
+def read_pieces(path: Path, world: int, engine: str) -> dict[str, list[Piece]]:
+    """Where each parameter's elements lie, over all ranks' files."""
+    pieces: dict[str, list[Piece]] = {}
+    for rank in range(world):
+        stem, offset = stem_of(rank, world), 0
+        for name, start, length in read_json(path / f"{stem}.json")["segments"][engine]:
+            pieces.setdefault(name, []).append(Piece(start, length, f"{stem}.safetensors", offset))
+            offset += length
+    return pieces
+
+
+@torch.no_grad()
+def read_kind(
+    path: Path, key: str, pieces: Mapping[str, list[Piece]], segments: Sequence[Segment], flats: Sequence[Tensor]
+) -> None:
+    """Fill one kind of flat tensors (masters, moments, an EMA) from the files."""
+    wanted: dict[str, list[tuple[Segment, Piece]]] = {}
+    for segment in segments:
+        for piece in pieces[segment.name]:
+            if piece.start < segment.start + segment.length and segment.start < piece.start + piece.length:
+                wanted.setdefault(piece.file, []).append((segment, piece))
+    for name, overlaps in wanted.items():
+        with safe_open(path / name, "pt") as file:
+            source = file.get_slice(key)
+            for segment, piece in overlaps:
+                start = max(segment.start, piece.start)
+                length = min(segment.start + segment.length, piece.start + piece.length) - start
+                begin, target = piece.offset + start - piece.start, segment.offset + start - segment.start
+                flats[segment.shard][target : target + length].copy_(source[begin : begin + length])
+
+
+def check_same_model(path: Path, name: str, saved: Mapping[str, Any] | None, engine: Engine) -> None:
+    """Refuse a checkpoint of another model or with other EMA decays."""
+    if saved is None:
+        raise UserError(f"checkpoint {path} holds no {name!r}", "a checkpoint of this kind of training")
+    shapes = {key: list(shape) for key, shape in engine.shards.shapes.items()}
+    for key in sorted(set(shapes) | set(saved["shapes"])):
+        here, there = shapes.get(key), saved["shapes"].get(key)
+        if here != there:
+            raise UserError(
+                f"checkpoint {path}: {key} has shape {there or 'none: it is absent'}",
+                f"{here or 'no such parameter'}, as the config's model has",
+                "use the config that wrote it, or another run folder",
+            )
+    kinds = sorted(engine.flat_state())
+    if kinds != saved["kinds"]:
+        averages = [[k.removeprefix("ema/") for k in ks if k.startswith("ema/")] for ks in (saved["kinds"], kinds)]
+        raise UserError(
+            f"checkpoint {path} holds EMA {', '.join(averages[0]) or 'of no decay'}",
+            f"{', '.join(averages[1]) or 'none'} as in training.ema_decay",
+            "set training.ema_decay as it was, or use another run folder",
+        )
+
+
+def agree(value: Any, ranks: Ranks) -> Any:
+    """Rank 0's value, on all ranks."""
+    if ranks.world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def name_of(step: int) -> str:
+    """Folder name of a checkpoint."""
+    return f"{PREFIX}{step:07d}"
+
+
+def stem_of(rank: int, world: int) -> str:
+    """File name, without its ending, of a rank's part."""
+    return f"rank-{rank:05d}-of-{world:05d}"
