@@ -1,0 +1,34 @@
+"""CRC-32C of anything that has bytes."""
+
+from __future__ import annotations
+
+import google_crc32c
+import numpy as np
+
+from rae_fast.latents.storage import Storage
+
+BLOCK_BYTES = 1 << 24
+
+
+def crc32c(data: bytes | bytearray | memoryview | np.ndarray, start: int = 0) -> int:
+    """CRC-32C of `data`, continuing from `start`."""
+    if not isinstance(data, bytes):
+        # The C function takes arrays as they are, but refuses other writable buffers.
+        data = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else np.ascontiguousarray(data)
+        data = data.reshape(-1).view(np.uint8)
+    return google_crc32c.extend(start, data)
+
+
+def crc32c_file(storage: Storage, key: str) -> tuple[int, int]:
+    """(size, CRC-32C) of a stored file, read in blocks.
+
+    Raises:
+        FileNotFoundError: there is no such key.
+    """
+    total, crc = 0, 0
+    while True:
+        block = storage.read(key, total, BLOCK_BYTES)
+        crc = crc32c(block, crc)
+        total += len(block)
+        if len(block) < BLOCK_BYTES:
+            return total, crc

@@ -1,0 +1,81 @@
+"""The checksums of a finished store, and a backup of all its small files.
+
+`manifest.json` lists size and CRC-32C of every file; it is written last, so its presence says that the store is
+complete. `head.backup.tar` holds every file but the shards and their scales, the manifest included: megabytes beside
+terabytes, and any flipped bit in them can be mended without the images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from typing import Any
+
+from rae_fast.latents.layout import BACKUP, FORMAT, FORMAT_VERSION, MANIFEST, canonical_json
+from rae_fast.latents.storage import Storage
+
+Checks = dict[str, tuple[int, int]]  # key -> (size in bytes, CRC-32C)
+
+
+class DamagedError(ValueError):
+    """A file of the store is not what was written."""
+
+
+def manifest_bytes(checks: Mapping[str, tuple[int, int]]) -> bytes:
+    """`manifest.json` over these files."""
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "files": {key: list(checks[key]) for key in sorted(checks)},
+    }
+    content["digest"] = _digest(content)
+    return canonical_json(content)
+
+
+def parse_manifest(data: bytes) -> Checks:
+    """The files that a manifest lists.
+
+    Raises:
+        DamagedError: a single byte of it differs from what was written.
+    """
+    try:
+        content = json.loads(data)
+        digest = content.pop("digest")
+        intact = digest == _digest(content) and data == canonical_json({**content, "digest": digest})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedError(f"{MANIFEST} is damaged") from error
+    if not intact:
+        raise DamagedError(f"{MANIFEST} is damaged")
+    return {key: (size, crc) for key, (size, crc) in content["files"].items()}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def backup_bytes(head: Mapping[str, bytes]) -> bytes:
+    """`head.backup.tar` of the small files by key, the manifest among them; depends on nothing but their bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key in sorted(head):
+            entry = tarfile.TarInfo(key)
+            entry.size = len(head[key])
+            tar.addfile(entry, io.BytesIO(head[key]))
+    return buffer.getvalue()
+
+
+def read_backup(storage: Storage) -> dict[str, bytes]:
+    """The small files as they were written, by key.
+
+    Raises:
+        DamagedError: the backup is missing or not readable.
+    """
+    try:
+        with tarfile.open(fileobj=io.BytesIO(storage.read(BACKUP))) as tar:
+            files = {entry.name: tar.extractfile(entry) for entry in tar.getmembers()}
+            return {name: file.read() for name, file in files.items() if file is not None}
+    except (FileNotFoundError, tarfile.TarError, OSError) as error:
+        raise DamagedError(f"{BACKUP} is damaged") from error

@@ -1,0 +1,142 @@
+"""What a build is going to make: the store's attributes, and whether it begins, goes on, or has nothing to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rae_fast.config import Config
+from rae_fast.errors import UserError
+from rae_fast.geometry import resolve_geometry
+from rae_fast.images.entries import ImageIndex
+from rae_fast.latents.encode import LatentEncoder
+from rae_fast.latents.layout import FORMAT, FORMAT_VERSION
+from rae_fast.provenance import sha256_file, versions
+
+COMPUTED, GIVEN, NONE = "computed", "given", "none"
+# What must agree between a config and a store for the one to continue or to use the other.
+IDENTITY = (
+    "precision",
+    "latent_shape",
+    "views",
+    "codec",
+    "shard_size",
+    "pixels",
+    "image_size",
+    "crop",
+    "normalization",
+)
+
+
+def cache_path(config: Config) -> str:
+    """Where the store is.
+
+    Raises:
+        UserError: the config does not say.
+    """
+    if not config.cache.path:
+        raise UserError("cache.path is not set", "the folder or URL of the latent store", "add cache.path=<folder>")
+    return config.cache.path
+
+
+def describe(config: Config, index: ImageIndex, encoder: LatentEncoder) -> dict[str, Any]:
+    """Attributes of the store that this config makes from these images.
+
+    Raises:
+        UserError: the encoder's latents are not of the size that the config implies, or a section contradicts another.
+    """
+    geometry = resolve_geometry(config)
+    if encoder.latent_shape != geometry.latent_shape:
+        raise UserError(
+            f"the encoder makes latents of {list(encoder.latent_shape)}",
+            f"{list(geometry.latent_shape)}, as the config says",
+            "mend stage_1.params or misc.latent_size",
+        )
+    cache = config.cache
+    if cache.shard_size < 1 or not cache.views:
+        raise UserError(
+            f"cache.shard_size is {cache.shard_size}, cache.views is {list(cache.views)}",
+            "at least one image a shard and one view",
+        )
+    batch = cache.encode_batch or encoder.largest_batch(geometry.image_size, cache.shard_size)
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "complete": False,
+        "num_images": len(index),
+        "latent_shape": list(encoder.latent_shape),
+        "views": [view for view in ("original", "hflip") if view in cache.views],
+        "codec": cache.codec,
+        "shard_size": cache.shard_size,
+        "pixels": geometry.image_size if cache.pixels else None,
+        "image_size": geometry.image_size,
+        "crop": config.data.crop,
+        "encoder": encoder.identity(),
+        "precision": cache.precision,
+        "encode_batch": min(batch, cache.shard_size),
+        "device": encoder.device.type,
+        "normalization": normalization(config),
+        "class_names": list(index.class_names),
+        "dataset": {
+            "kind": index.kind,
+            "source": index.source,
+            "segments": [{"images": len(index), "digest": index.digest}],
+        },
+        "config": recipe(config),
+        "versions": versions(),
+    }
+
+
+def normalization(config: Config) -> dict[str, Any]:
+    """Where mean and variance come from: given in a file, computed over images, or none at all."""
+    params, wanted = config.stage_1.params, config.cache.statistics
+    given = params.normalization_stat_path
+    if wanted == "none":
+        return {"source": NONE, "eps": 0.0}
+    if wanted != "compute" or (given and Path(given).is_file()):
+        path = given if wanted == "compute" else wanted
+        if not Path(str(path)).is_file():
+            raise UserError(f"cache.statistics is {path!r}", "compute, none, or the path of a stat.pt that exists")
+        return {"source": GIVEN, "sha256": sha256_file(str(path)), "eps": params.eps}
+    return {"source": COMPUTED, "images": config.cache.statistics_images, "eps": params.eps}
+
+
+def statistics_path(config: Config) -> str:
+    """The file of given statistics."""
+    given = config.stage_1.params.normalization_stat_path
+    return str(given if config.cache.statistics == "compute" else config.cache.statistics)
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """The sections that a repair needs to make the same latents again, without where the store is."""
+    sections = {"stage_1": asdict(config.stage_1), "data": asdict(config.data), "cache": asdict(config.cache)}
+    del sections["cache"]["path"]
+    return sections
+
+
+def identity(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes that a config and a store must agree on; weights are known by their hash, wherever they lie."""
+    encoder = {f"encoder.{key}": value for key, value in attrs["encoder"].items() if key not in ("name", "revision")}
+    return {**encoder, **{name: attrs[name] for name in IDENTITY}}
+
+
+def positions_by_path(stored: np.ndarray | Any, index: ImageIndex, where: str) -> np.ndarray:
+    """Where in the index the image of each row of a store is, int64 [N].
+
+    Raises:
+        UserError: an image of the store is no longer in the source.
+    """
+    place = {path: position for position, path in enumerate(index.paths)}
+    positions = np.fromiter((place.get(path, -1) for path in stored), np.int64, len(stored))
+    lost = np.flatnonzero(positions < 0)
+    if len(lost):
+        raise UserError(
+            f"{where} holds {len(lost)} images that data.source {index.source} lacks, first {stored[int(lost[0])]}",
+            "a source that has all images of the store",
+            "mend data.source, or build another store with cache.path=<folder>",
+        )
+    return positions
