@@ -11,10 +11,11 @@ from rae_fast.latents.checksum import crc32c
 from rae_fast.latents.codecs import CodecError
 from rae_fast.latents.layout import BACKUP, FAILURES, MANIFEST, WORK, metadata_files, single_chunk_key
 from rae_fast.latents.manifest import backup_bytes, manifest_bytes
+from rae_fast.latents.normalization import MEAN, VAR
 from rae_fast.latents.records import ShardRecord, read_record
 
 if TYPE_CHECKING:
-    from rae_fast.latents.writer import Build
+    from rae_fast.latents.build import Build
 
 
 def finish(build: Build) -> None:
@@ -36,7 +37,7 @@ def finish(build: Build) -> None:
         crcs = np.concatenate([np.array(record.row_crcs[name], "<u4") for record in records])
         head[single_chunk_key(plane.crc_array)] = crcs.tobytes()
     kept = [single_chunk_key(name) for name in ("labels", "paths/blob", "paths/offsets")]
-    kept += [single_chunk_key(f"stats/{name}", 3) for name in ("mean", "var")]
+    kept += [MEAN, VAR]
     head.update({key: storage.read(key) for key in kept})
     attrs = final_attributes(build.attrs, records)
     head.update(metadata_files(attrs, len(head[single_chunk_key("paths/blob")])))

@@ -29,7 +29,7 @@ from rae_fast.latents.storage import LocalStorage, Storage
 from rae_fast.rng import permutation
 
 if TYPE_CHECKING:
-    from rae_fast.latents.writer import Build
+    from rae_fast.latents.build import Build
 
 MOMENTS = f"{WORK}/moments"
 RAW = f"{WORK}/raw"
