@@ -79,6 +79,20 @@ def zero_stage(config: Mapping[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
+def check_precision(config: Mapping[str, Any], precision: str) -> None:
+    """Refuse bfloat16 parameters in a run of another precision.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    if (config.get("bf16") or {}).get("enabled") and precision != "bf16":
+        raise UserError(
+            f"deepspeed: bf16.enabled with runtime.precision={precision}",
+            "runtime.precision=bf16",
+            "leave bf16 out of the deepspeed section, or set runtime.precision=bf16",
+        )
+
+
 def initialize(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -102,6 +116,9 @@ def initialize(
     if zero_stage(full) in (1, 2) and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields:
         # The engine takes norm, clipping and guard over: DeepSpeed's read the norm on the host in every step.
         full["zero_optimization"]["compute_grad_norm"] = False
+    if zero_stage(full) == 3:
+        # Otherwise DeepSpeed replaces torch.nn.functional.linear for the whole process.
+        full["zero_optimization"]["memory_efficient_linear"] = False
     if full.get("bf16", {}).get("enabled"):
         full["bf16"] = {**full["bf16"], "check_grad_overflow": False}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=full)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rae_fast.config import Optimizer, Runtime
 from rae_fast.errors import UserError
 from rae_fast.runtime import Ranks, set_precision
-from rae_fast.training.deepspeed_setup import initialize, read_deepspeed_config, zero_stage
+from rae_fast.training.deepspeed_setup import check_precision, initialize, read_deepspeed_config, zero_stage
 from rae_fast.training.ema import FlatEMA
 from rae_fast.training.shards import PlainShards, Shards, Zero3Shards, ZeroShards, gather
 
@@ -75,6 +75,7 @@ class Engine:
         runtime = runtime or Runtime(precision="fp32")
         self.ranks, self.device, self.lr_at, self.accumulation = ranks, device, lr, accumulation
         self.clip_grad = clip_grad if clip_grad and clip_grad > 0 else None
+        self.lr = lr(0)  # of the last step
         self.steps, self._micro_steps = 0, 0
         self.stop_requested = False
         self.record = torch.zeros(len(RECORD), dtype=torch.float64, device=device)
@@ -93,6 +94,7 @@ class Engine:
         self.module, self._ddp, self._deepspeed = module, None, None
         if runtime.engine == "deepspeed":
             config = read_deepspeed_config(deepspeed)
+            check_precision(config, runtime.precision)
             self.zero_stage = zero_stage(config)
             names = {id(p): n for n, p in module.named_parameters()}
             self._deepspeed = initialize(
@@ -153,6 +155,7 @@ class Engine:
         self._micro_steps += 1
         if boundary:
             self._guard_and_clip()
+            self.lr = self.lr_at(self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
         if self._deepspeed is not None:
@@ -171,11 +174,6 @@ class Engine:
     def at_boundary(self) -> bool:
         """Whether the current micro-step is the last of its group."""
         return (self._micro_steps + 1) % self.accumulation == 0
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the step in progress."""
-        return self.lr_at(self.steps)
 
     def autocast(self) -> AbstractContextManager:
         """The precision of the forward pass, for modules that run beside this engine."""
