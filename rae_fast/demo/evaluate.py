@@ -5,6 +5,7 @@ Shapes: N images, S their side, D width of the encoder.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def evaluate_demo(config: Config, folder: Path, held_out: str) -> dict[str, Any]
     agreement, agreement_real = _agreement(store, real, real_labels, generated, torch.from_numpy(samples["labels"]))
     return {
         "psnr_db": round(float(psnr(restored, real).mean()), 3),
-        "ssim": round(float(ssim(restored, real)), 4),
+        "ssim": round(float(ssim(restored, real).mean()), 4),
         "frechet": round(_frechet(rae, store, generated, device), 3),
         "class_agreement": agreement,
         "class_agreement_real": agreement_real,
@@ -58,15 +59,13 @@ def evaluate_demo(config: Config, folder: Path, held_out: str) -> dict[str, Any]
 
 def _held_out_images(config: Config, held_out: str) -> tuple[Tensor, Tensor]:
     """Crops uint8 [N, 3, S, S] and labels int64 [N] of the images that no training saw."""
-    from dataclasses import replace
-
     index = build_index(replace(config.data, source=held_out, limit=None))
     size = resolve_geometry(config).image_size
     pipeline = ImagePipeline(index, np.arange(len(index)), size, config.data.crop, BATCH)
     images, labels = [], []
     for batch in pipeline:
         images.append(batch.images_B3SS[batch.valid_B].cpu())
-        labels.append(torch.as_tensor(index.labels[batch.positions_B[batch.valid_B]]).long())
+        labels.append(torch.as_tensor(np.asarray(index.labels))[batch.positions_B[batch.valid_B]].long())
     return torch.cat(images), torch.cat(labels)
 
 
@@ -95,7 +94,7 @@ def _frechet(rae: RAE, store: LatentStore, generated: Tensor, device: torch.devi
         ours.update(rae.encode_raw(batch.to(device).float() / 255).mean((2, 3)))
     rows = np.flatnonzero(store.valid)
     for start in range(0, len(rows), BATCH):
-        latents = torch.as_tensor(store.read(rows[start : start + BATCH], "original")).to(device).float()
+        latents = store.read(rows[start : start + BATCH]).to(device)
         theirs.update(rae.denormalize(latents).mean((2, 3)))
     return float(frechet_distance(*ours.finish(), *theirs.finish()))
 
@@ -105,7 +104,7 @@ def _agreement(
 ) -> tuple[float | None, float]:
     """Share of generated images that a grayscale classifier puts where it was asked; its share of real ones."""
     rows = np.flatnonzero(store.valid)
-    classifier = train_classifier(torch.as_tensor(store.read_pixels(rows)), torch.as_tensor(store.labels[rows]).long())
+    classifier = train_classifier(store.read(rows, "pixels"), torch.as_tensor(store.labels[rows]).long())
     on_real = round(class_agreement(classifier, real, real_labels), 4)
     on_generated = round(class_agreement(classifier, generated, asked), 4)
     return (on_generated if on_real >= LEAST_REAL_AGREEMENT else None), on_real
