@@ -11,10 +11,12 @@ import torch
 PRETRAINED = "facebook/dinov2-with-registers-small"
 TOKENS_A_SIDE = 4
 WEIGHTS_SEED = 0
+POSITION_STD = 0.5
+# Narrow, so that a diffusion model of a few million parameters can learn its latents in minutes.
 RANDOM_CONFIG = {
-    "hidden_size": 192,
+    "hidden_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 3,
+    "num_attention_heads": 2,
     "patch_size": 16,
     "image_size": 64,
     "num_register_tokens": 4,
@@ -60,6 +62,8 @@ def _write_random_encoder(folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(WEIGHTS_SEED)
         model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**RANDOM_CONFIG))
+        # Fresh tables are so small that patches would hardly know where they are.
+        model.embeddings.position_embeddings.data.normal_(0, POSITION_STD)
     model.save_pretrained(folder)
     BitImageProcessor(
         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], size={"shortest_edge": 64}

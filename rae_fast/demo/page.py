@@ -90,12 +90,12 @@ def _store_facts(config: Config, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "codec": store.attrs["codec"],
         "size": readable_bytes(metrics["store_bytes"]),
         "encoder weights": store.attrs["encoder"]["weights_sha256"],
-        "dataset digest": store.attrs["dataset_digest"],
+        "dataset digest": store.attrs["dataset"]["segments"][-1],
         "classes": ", ".join(store.class_names),
     }
 
 
 def _failures(page: Page, config: Config) -> None:
     assert config.cache.path is not None
-    failures = read_log(Path(config.cache.path) / "failures.jsonl")
+    failures = open_store(config.cache.path).failures
     page.table(("file", "reason"), [(failure["path"], failure["reason"]) for failure in failures])

@@ -28,6 +28,8 @@ from rae_fast.demo.stages import Stages
 from rae_fast.errors import UserError
 from rae_fast.evaluation.images import save_grid, save_npz
 from rae_fast.geometry import resolve_geometry
+from rae_fast.latents.stats import save_statistics
+from rae_fast.latents.store import open_store
 from rae_fast.latents.writer import build_cache
 from rae_fast.provenance import write_json
 from rae_fast.runtime import Ranks, device_name, pick_device
@@ -36,6 +38,7 @@ from rae_fast.sampling import draw_images, load_sampler
 CONFIG = Path("configs/demo.yaml")
 DECODER_CONFIG = Path("configs/demo_decoder.yaml")
 IMAGES, HELD_OUT = 2400, 320
+STATISTICS = "stat.pt"
 SAMPLES_A_CLASS = 40
 SAMPLE_SEED = 0
 ORPHAN_WAIT_S = 20
@@ -68,7 +71,7 @@ def run_demo(demo: Demo) -> dict[str, Any]:
         shared = [*_overrides(demo, data, encoder), *demo.overrides]
         config, decoder_config = load_config(CONFIG, shared), load_config(DECODER_CONFIG, shared)
         inputs = {"config": CONFIG.read_text(), "decoder": DECODER_CONFIG.read_text(), "overrides": shared}
-        stages.run("cache", "latent store", inputs, lambda: _cache(config))
+        stages.run("cache", "latent store", inputs, lambda: _cache(demo, config))
         stages.run(
             "decoder", "decoder: L1 + perceptual + GAN", {}, lambda: _train_decoder(demo, decoder_config, shared)
         )
@@ -109,7 +112,7 @@ def _overrides(demo: Demo, data: dict[str, Any], encoder: dict[str, Any]) -> lis
         f"misc.num_classes={data['classes']}",
         f"stage_1.params.encoder_params.dinov2_path={encoder['path']}",
         f"stage_1.params.encoder_input_size={encoder['input_size']}",
-        f"stage_1.params.normalization_stat_path={demo.folder / 'store/stat.pt'}",
+        f"stage_1.params.normalization_stat_path={demo.folder / STATISTICS}",
     ]
 
 
@@ -120,8 +123,18 @@ def _trained(demo: Demo) -> list[str]:
     ]
 
 
-def _cache(config: Config) -> dict[str, Any]:
-    return build_cache(config, Ranks())
+def _cache(demo: Demo, config: Config) -> dict[str, Any]:
+    report = build_cache(config, Ranks())
+    store = open_store(report.url)
+    save_statistics(demo.folder / STATISTICS, store.mean, store.var)
+    size_bytes = sum(path.stat().st_size for path in Path(report.url).rglob("*") if path.is_file())
+    return {
+        "images": report.images,
+        "failures": report.failures,
+        "encoded": report.encoded,
+        "limits": report.limits,
+        "store_bytes": size_bytes,
+    }
 
 
 def _train_decoder(demo: Demo, config: Config, shared: list[str]) -> dict[str, Any]:
