@@ -35,6 +35,7 @@ class Stream(IntEnum):
     AUGMENT = 6
     SAMPLE = 7
     INIT = 8
+    LATENT_NOISE_SCALE = 9
 
 
 def uniform(seed: int, epoch: int, index_B: Tensor, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:

@@ -265,8 +265,16 @@ class DiscriminatorHeads(nn.Module):
             for _ in range(count)
         )
 
-    def forward(self, activations: Sequence[Tensor]) -> Tensor:
-        """Activations [B, C, L] of each depth -> float32 logits [B, count * L]; in train mode one power iteration."""
+    def forward(self, activations: Sequence[Tensor], *more: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """Activations [B, C, L] of each depth -> float32 logits [B, count * L]; in train mode one power iteration.
+
+        Several sets of activations give a tuple: one call of an engine, with a power iteration for each set in turn.
+        """
+        if more:
+            return tuple(self._logits(part) for part in (activations, *more))
+        return self._logits(activations)
+
+    def _logits(self, activations: Sequence[Tensor]) -> Tensor:
         logits = [head(x_BCL.float()).flatten(1) for head, x_BCL in zip(self.heads, activations, strict=True)]
         return torch.cat(logits, dim=1).float()
 

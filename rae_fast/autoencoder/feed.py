@@ -1,0 +1,208 @@
+"""What decoder training sees: un-normalized latents of clean images, and the pixels they came from.
+
+Cached: both from the latent store, no JPEG and no encoder. Online: decode, random crop, and the encoder once.
+
+Shapes: B images of one rank's micro-batch, N tokens of C channels, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rae_fast.config import Config
+from rae_fast.errors import UserError
+from rae_fast.images.decode import ImageBatch, ImagePipeline, RandomCrop
+from rae_fast.images.entries import ImageIndex
+from rae_fast.latents.encode import LatentEncoder
+from rae_fast.latents.layout import PIXELS
+from rae_fast.latents.loader import BatchStream, LatentLoader
+from rae_fast.latents.order import Order, choose_rows
+from rae_fast.latents.store import LatentStore
+from rae_fast.runtime import Ranks
+
+RESIZE_FACTOR = 1.5  # short side before a random crop, in crop sides; the reference resizes to 384 for 256
+
+
+@dataclass(frozen=True)
+class DecoderBatch:
+    """One micro-batch of one rank, on the training device.
+
+    Attributes:
+        tokens_BNC: latents without noise, before normalization, float32.
+        images_B3SS: the images they are of, float32 in [0, 1].
+        index_B: int64, the key of all per-sample randomness.
+        epoch: which epoch it belongs to.
+    """
+
+    tokens_BNC: Tensor
+    images_B3SS: Tensor
+    index_B: Tensor
+    epoch: int
+
+
+@dataclass(frozen=True)
+class _HostBatch:
+    """A batch as the producer thread leaves it, on the CPU."""
+
+    stored: Tensor | None
+    scales: Tensor | None
+    images_B3SS: Tensor
+    index_B: Tensor
+    epoch: int
+
+
+def as_tokens(z_BCHW: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, N, C], row by row."""
+    return z_BCHW.flatten(2).transpose(1, 2)
+
+
+class CachedFeed(LatentLoader):
+    """Latents and pixels of a store, in the loader's order; a flipped view comes with flipped pixels.
+
+    Raises:
+        UserError: the store has no pixels.
+    """
+
+    def __init__(
+        self,
+        store: LatentStore,
+        config: Config,
+        *,
+        batch_size: int,
+        images_per_step: int,
+        seed: int,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        if PIXELS not in store.planes:
+            raise UserError(
+                f"{store.url} was built without pixels",
+                "a store with cache.pixels=true",
+                "build it anew with cache.pixels=true, or train with loader.source=online",
+            )
+        loader = config.loader
+        super().__init__(
+            store,
+            batch_size=batch_size,
+            seed=seed,
+            ranks=ranks,
+            shuffle=loader.shuffle,
+            block_size=loader.block_size,
+            flip=loader.flip,
+            images_per_step=images_per_step,
+            classes=loader.classes,
+            balanced=loader.balanced,
+            prefetch=loader.prefetch,
+            reader=loader.reader,
+            verify=loader.verify,
+        )
+        self.target = device
+        eps = store.attrs["normalization"]["eps"]
+        self._mean, self._std = store.mean.to(device), (store.var + eps).sqrt().to(device)
+
+    def _prepare(self, epoch: int, position: int) -> Iterator[_HostBatch]:
+        pinned = self.target.type == "cuda"
+        pixels = self.store.planes[PIXELS]
+        for at_epoch, rows in self._batches(epoch, position):
+            which = self.views_of(at_epoch, rows)
+            stored, scales = self._buffers(pinned)
+            self._gather(rows, which, stored, scales)
+            images = torch.empty(len(rows), *pixels.row_shape, dtype=torch.uint8, pin_memory=pinned)
+            self._reader.gather(rows, [pixels], np.zeros(len(rows), np.int64), images.numpy(), None)
+            flipped = torch.from_numpy(which == 1) if self.flip else torch.zeros(len(rows), dtype=torch.bool)
+            images[flipped] = images[flipped].flip(-1)
+            yield _HostBatch(stored, scales, images, torch.from_numpy(rows), at_epoch)
+
+    def _deliver(self, batch: _HostBatch) -> DecoderBatch:
+        assert batch.stored is not None
+        stored = batch.stored.to(self.target, non_blocking=True)
+        scales = None if batch.scales is None else batch.scales.to(self.target, non_blocking=True)
+        z_BCHW = self.store.codec.decode(stored, scales) * self._std + self._mean
+        return _on_device(as_tokens(z_BCHW), batch, self.target)
+
+
+class OnlineFeed(BatchStream):
+    """Decodes, crops at random and encodes in every step, as the reference does, but encodes once.
+
+    An image that cannot be read is replaced by the first readable one of its batch and told about once.
+    """
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        encoder: LatentEncoder,
+        config: Config,
+        *,
+        image_size: int,
+        batch_size: int,
+        images_per_step: int,
+        seed: int,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        loader = config.loader
+        rows = choose_rows(index.labels, np.ones(len(index), bool), loader.classes, index.source)
+        order = Order(
+            rows, index.labels[rows], seed, loader.shuffle, loader.block_size, loader.balanced, images_per_step
+        )
+        super().__init__(order, batch_size, ranks, loader.prefetch)
+        self.index, self.encoder, self.data, self.image_size = index, encoder, config.data, image_size
+        self.seed, self.target = seed, device
+        self._told: set[int] = set()
+
+    def _prepare(self, epoch: int, position: int) -> Iterator[_HostBatch]:
+        while True:
+            rows = self.order.epoch(epoch)[position:].reshape(-1, self.ranks.world, self.batch_size)
+            for batch in self._pipeline(epoch, rows[:, self.ranks.rank].reshape(-1)):
+                images = batch.images_B3SS
+                if not bool(batch.valid_B.all()):
+                    self._replace_failed(batch)
+                images = images.pin_memory() if self.target.type == "cuda" else images
+                yield _HostBatch(None, None, images, batch.positions_B, epoch)
+            epoch, position = epoch + 1, 0
+
+    def _pipeline(self, epoch: int, positions: np.ndarray) -> ImagePipeline:
+        random_crop = None
+        if self.data.train_crop == "random":
+            short_side = self.data.random_resize or round(RESIZE_FACTOR * self.image_size)
+            random_crop = RandomCrop(short_side, self.seed, epoch)
+        return ImagePipeline(
+            self.index,
+            positions,
+            self.image_size,
+            self.data.crop,
+            self.batch_size,
+            threads=self.data.threads,
+            hw_decoder_load=self.data.hw_decoder_load,
+            random_crop=random_crop,
+        )
+
+    def _replace_failed(self, batch: ImageBatch) -> None:
+        for failure in batch.failures:
+            if failure.position not in self._told:
+                self._told.add(failure.position)
+                print(f"cannot read {failure.path}: {failure.reason}; another image takes its place")
+        if not bool(batch.valid_B.any()):
+            raise UserError(
+                f"none of {len(batch.valid_B)} images of a batch can be read, {batch.failures[0].path} for one",
+                "readable images",
+                "check data.source",
+            )
+        batch.images_B3SS[~batch.valid_B] = batch.images_B3SS[batch.valid_B][:1]
+
+    def _deliver(self, batch: _HostBatch) -> DecoderBatch:
+        images = batch.images_B3SS.to(self.target, non_blocking=True)
+        return _on_device(as_tokens(self.encoder(images)).float(), batch, self.target, images)
+
+
+def _on_device(
+    tokens_BNC: Tensor, batch: _HostBatch, device: torch.device, images: Tensor | None = None
+) -> DecoderBatch:
+    images = batch.images_B3SS.to(device, non_blocking=True) if images is None else images
+    index_B = batch.index_B.to(device, non_blocking=True)
+    return DecoderBatch(tokens_BNC, images.float() / 255, index_B, batch.epoch)
