@@ -113,12 +113,14 @@ def test_decoder_gradients_are_the_reference_s(golden: Golden) -> None:
     assert_close(latent.grad, golden["grad/latent"], GRADIENT_GATE, "latent")
     parameters = dict(rae.decoder.named_parameters())
     names = [str(name) for name in golden.arrays["grad/param_names"]]
+    # The bias of the keys shifts all scores of a query alike: its gradient is zero, and what is recorded is rounding.
+    rounding = 1e-7 * golden["grad/param_norms"].max()
     assert sorted(names) == sorted(set(parameters) - set(golden.meta["grad_none"]))
     for name, norm, cosdot in zip(names, golden["grad/param_norms"], golden["grad/param_cosdot"], strict=True):
         g = parameters[name].grad.double().flatten()
         ours = (g * torch.cos(0.1 * torch.arange(len(g), dtype=torch.float64))).sum()
-        assert (g.norm() - norm).abs() <= GRADIENT_GATE * norm, name
-        assert (ours - cosdot).abs() <= GRADIENT_GATE * norm * sqrt(len(g)), name
+        assert (g.norm() - norm).abs() <= GRADIENT_GATE * norm + rounding, name
+        assert (ours - cosdot).abs() <= GRADIENT_GATE * norm * sqrt(len(g)) + rounding, name
 
 
 def test_autoencoder_without_its_encoder_decodes_alike(golden: Golden, tmp_path: Path) -> None:
