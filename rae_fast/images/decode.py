@@ -1,8 +1,8 @@
 """Images to crops: every requested position comes back once, in order, whatever state its file is in.
 
-One producer thread moves batches through three stages that overlap: reading and pre-checking batch k + 2, DALI decoding
-batch k + 1, cropping batch k. Anything that DALI might choke on goes to PIL; if DALI fails a batch all the same, the
-batch goes image by image through PIL and the pipeline is built anew. What PIL cannot read either is a failure record.
+One producer thread moves batches through stages that overlap: reading and pre-checking, DALI decoding, cropping.
+Anything that DALI might choke on goes to PIL; if DALI loses a part all the same, it goes image by image through PIL and
+the pipeline is built anew. What PIL cannot read either is a failure record.
 
 Shapes: B images of a batch, S side of the crop, H, W height and width of a decoded image.
 """
@@ -15,26 +15,29 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from rae_fast import rng
 from rae_fast.errors import UserError
-from rae_fast.images.crop import CropPlan, center_plan, crop_pil, random_plan
+from rae_fast.images.crop import CropPlan, center_plan, crop_exact, random_plan
 from rae_fast.images.dali import DaliDecoder
 from rae_fast.images.entries import ImageIndex, ReadError
-from rae_fast.images.precheck import decode_pil, fit_for_dali
+from rae_fast.images.feeder import Feeder, Job, Part
+from rae_fast.images.precheck import decode_pil
+from rae_fast.images.resample import crop_into, native_or_none
 
 CROP_MODES = ("exact", "fast")
-READ_CHUNK = 8  # images a reading thread fetches in a row
 BATCHES_READY = 2  # finished batches that wait for the consumer
-DEFAULT_BATCH = 128
+DEFAULT_BATCH = 128  # at 256 pixels; fewer where crops are larger
+DEFAULT_SIDE = 256
 
 
 class Failure(NamedTuple):
@@ -46,7 +49,10 @@ class Failure(NamedTuple):
 
 
 class ImageBatch(NamedTuple):
-    """Crops in the order of the requested positions; rows that are not valid are zero and have a failure record."""
+    """Crops in the order of the requested positions; rows that are not valid are zero and have a failure record.
+
+    positions_B int64 and valid_B bool are on the CPU, images_B3SS uint8 on the pipeline's device.
+    """
 
     positions_B: Tensor
     images_B3SS: Tensor
@@ -56,33 +62,15 @@ class ImageBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Draws of the decoder's training crop: a pure function of (seed, epoch, position)."""
+    """The decoder's training crop: resize to `short_side`, then a window drawn from (seed, epoch, position) alone."""
 
     short_side: int
     seed: int
     epoch: int = 0
 
     def draws(self, positions_B: np.ndarray) -> np.ndarray:
-        """Two uniforms an image, float32 [B, 2]: where the window goes, from the top and from the left."""
-        index_B = torch.from_numpy(positions_B)
-        return rng.uniform(self.seed, self.epoch, index_B, rng.Stream.CROP, (2,)).numpy()
-
-    def plan(self, width: int, height: int, size: int, draw: np.ndarray) -> CropPlan:
-        """The plan for one image."""
-        return random_plan(width, height, size, self.short_side, float(draw[0]), float(draw[1]))
-
-
-@dataclass
-class _Job:
-    """One batch on its way through the stages."""
-
-    positions_B: np.ndarray
-    draws_B: np.ndarray | None
-    images_B3SS: Tensor
-    encoded: list[bytes | None]
-    reasons: list[str | None]
-    slots: list[int] = field(default_factory=list)  # rows that DALI decodes
-    tasks: list[Future] = field(default_factory=list)
+        """Where the windows go, from the top and from the left: float32 [B, 2] in [0, 1)."""
+        return rng.uniform(self.seed, self.epoch, torch.from_numpy(positions_B), rng.Stream.CROP, (2,)).numpy()
 
 
 class ImagePipeline:
@@ -92,12 +80,16 @@ class ImagePipeline:
         index: the images.
         positions: which of them, in which order; None for all.
         image_size: side S of the crop.
-        crop_mode: `exact`, the reference's bytes, or `fast`, nvJPEG on a GPU (the same as `exact` without one).
-        batch_size: images a batch.
+        crop_mode: `exact`, the reference's bytes, or `fast`, decoded by nvJPEG on a GPU (without one: as `exact`).
+        batch_size: images a batch; None: by image size.
         device: where the crops are wanted.
-        threads: CPU threads for decoding, and as many for cropping.
+        threads: CPU threads for decoding, and as many for cropping; None: this process's share of the cores.
         hw_decoder_load: share of JPEGs for the GPU's hardware decoder (`fast`).
-        random_crop: draws of the training crop; None for the centre crop.
+        random_crop: the training crop; None for the centre crop.
+
+    Attributes:
+        rebuilds: how often DALI lost a part and was built anew.
+        idle_s: for how long finished batches waited for the consumer; near 0, decoding is what limits.
 
     Raises:
         UserError: the crop mode is unknown.
@@ -107,7 +99,7 @@ class ImagePipeline:
         self,
         index: ImageIndex,
         positions: Sequence[int] | np.ndarray | None = None,
-        image_size: int = 256,
+        image_size: int = DEFAULT_SIDE,
         crop_mode: str = "exact",
         batch_size: int | None = None,
         device: torch.device | str = "cpu",
@@ -121,13 +113,16 @@ class ImagePipeline:
         self.index = index
         self.positions = np.arange(len(index)) if positions is None else np.asarray(positions, np.int64)
         self.image_size, self.crop_mode = image_size, crop_mode
-        self.batch_size = batch_size or DEFAULT_BATCH
+        self.batch_size = batch_size or max(16, min(DEFAULT_BATCH, DEFAULT_BATCH * DEFAULT_SIDE**2 // image_size**2))
         self.device = torch.device(device)
-        self.threads = threads or len(os.sched_getaffinity(0))
-        self._hw_decoder_load = hw_decoder_load
-        self._random_crop = random_crop
+        self.threads = threads or default_threads()
         self.rebuilds = 0
-        self.idle_s = 0.0  # time for which finished batches waited for the consumer
+        self.idle_s = 0.0
+        self._hw_decoder_load, self._random_crop = hw_decoder_load, random_crop
+        self._on_gpu = self.device.type == "cuda"
+        self._mixed = crop_mode == "fast" and self._on_gpu
+        # The native crop costs less than the way of a whole image to the GPU; PIL's does not.
+        self._crops_on_device = self._mixed or (native_or_none() is None and self._on_gpu)
 
     def __len__(self) -> int:
         return -(-len(self.positions) // self.batch_size)
@@ -141,6 +136,9 @@ class ImagePipeline:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
+                if self._on_gpu:
+                    # Made on another stream: its memory must not be used again before ours is done with it.
+                    item.images_B3SS.record_stream(torch.cuda.current_stream(self.device))
                 yield item
         finally:
             stop.set()
@@ -151,10 +149,14 @@ class ImagePipeline:
                     continue
 
     def _produce(self, ready: queue.Queue, stop: threading.Event) -> None:
-        """Body of the producer thread; the consumer gets its exceptions."""
+        """Body of the producer thread. Whatever it raises is raised again where the batches are consumed."""
         try:
-            with ThreadPoolExecutor(self.threads, "crop") as pool, ThreadPoolExecutor(max(8, self.threads)) as io:
-                for batch in self._batches(pool, io):
+            stages = _Stages(self)
+            with (
+                ThreadPoolExecutor(self.threads, "crop") as pool,
+                ThreadPoolExecutor(max(8, self.threads), "read") as io,
+            ):
+                for batch in stages.batches(pool, io):
                     start_s = time.monotonic()
                     ready.put(batch)
                     self.idle_s += time.monotonic() - start_s
@@ -164,116 +166,124 @@ class ImagePipeline:
         except BaseException as error:
             ready.put(error)
 
-    def _batches(self, pool: ThreadPoolExecutor, io: ThreadPoolExecutor) -> Iterator[ImageBatch]:
-        decoder = None
-        decoding: _Job | None = None
-        cropping: deque[_Job] = deque()
-        for job in self._read_ahead(io):
-            if decoder is None and job.slots:
-                decoder = DaliDecoder(self.batch_size, self.threads)
-            images = self._decoded(decoder, decoding)
-            if job.slots:
-                decoder.submit([job.encoded[slot] for slot in job.slots])
-            if decoding:
+
+class _Stages:
+    """The stages of one run over the positions, all driven by the producer thread."""
+
+    def __init__(self, pipeline: ImagePipeline) -> None:
+        self._of = pipeline
+        self._random_crop: RandomCrop | None = pipeline._random_crop
+        self._decoder: DaliDecoder | None = None
+        self._stream = torch.cuda.Stream(pipeline.device) if pipeline._on_gpu else None
+
+    def batches(self, pool: ThreadPoolExecutor, io: ThreadPoolExecutor) -> Iterator[ImageBatch]:
+        """While part k is decoded, part k - 1 is cropped and the batch after k is read."""
+        of = self._of
+        feeder = Feeder(of.index, of.positions, of.batch_size, of.image_size, pinned=of._on_gpu)
+        cropping: deque[Job] = deque()
+        decoding: Part | None = None
+        for part in chain(feeder.parts(io), (None,)):
+            images = self._decoded(decoding)
+            if part is not None:
+                self._submit(part)
+            if decoding is not None:
                 self._start_crops(pool, decoding, images)
-                cropping.append(decoding)
-            decoding = job
-            if len(cropping) > 1:
+                if decoding.last:
+                    cropping.append(decoding.job)
+            decoding = part
+            while len(cropping) > (part is not None):
                 yield self._finish(cropping.popleft())
-        if decoding:
-            self._start_crops(pool, decoding, self._decoded(decoder, decoding))
-            cropping.append(decoding)
-        while cropping:
-            yield self._finish(cropping.popleft())
 
-    def _read_ahead(self, io: ThreadPoolExecutor) -> Iterator[_Job]:
-        """Jobs with their bytes read, one being read while another is worked on."""
-        reading: deque[tuple[_Job, list[Future]]] = deque()
-        for start in range(0, len(self.positions), self.batch_size):
-            job = self._new_job(self.positions[start : start + self.batch_size])
-            rows = range(len(job.positions_B))
-            chunks = [rows[i : i + READ_CHUNK] for i in range(0, len(rows), READ_CHUNK)]
-            reading.append((job, [io.submit(self._read, job, chunk) for chunk in chunks]))
-            if len(reading) > 1:
-                yield self._with_bytes(*reading.popleft())
-        while reading:
-            yield self._with_bytes(*reading.popleft())
+    def _submit(self, part: Part) -> None:
+        if not part.rows:
+            return
+        if self._decoder is None:
+            of = self._of
+            device_id = (of.device.index or 0) if of._mixed else None
+            self._decoder = DaliDecoder(of.batch_size, of.threads, device_id, of._hw_decoder_load)
+        self._decoder.submit([part.job.encoded[row] for row in part.rows])
 
-    def _new_job(self, positions_B: np.ndarray) -> _Job:
-        count, side = len(positions_B), self.image_size
-        draws_B = self._random_crop.draws(positions_B) if self._random_crop else None
-        images = torch.zeros(count, 3, side, side, dtype=torch.uint8)
-        return _Job(positions_B, draws_B, images, [None] * count, [None] * count)
-
-    def _read(self, job: _Job, rows: range) -> list[int]:
-        """Read the bytes of some rows; returns those that DALI may have."""
-        fit = []
-        for row in rows:
-            try:
-                data = self.index.read(int(job.positions_B[row]))
-            except ReadError as error:
-                job.reasons[row] = str(error)
-                continue
-            job.encoded[row] = data
-            if fit_for_dali(data):
-                fit.append(row)
-        return fit
-
-    @staticmethod
-    def _with_bytes(job: _Job, chunks: list[Future]) -> _Job:
-        job.slots = [row for chunk in chunks for row in chunk.result()]
-        return job
-
-    def _decoded(self, decoder: DaliDecoder | None, job: _Job | None) -> list[np.ndarray]:
-        """DALI's images of a job; none, and its rows left to PIL, if DALI lost the batch."""
-        if job is None or not job.slots:
+    def _decoded(self, part: Part | None) -> list[Any]:
+        """DALI's images for the rows of a part; none if DALI lost it, and then its rows are left to PIL."""
+        if part is None or not part.rows:
             return []
         try:
-            return decoder.result()
+            return self._decoder.result(self._stream if self._of._mixed else None)
         except RuntimeError:
-            self.rebuilds += 1
-            job.slots = []
+            self._of.rebuilds += 1
+            part.rows.clear()
             return []
 
-    def _start_crops(self, pool: ThreadPoolExecutor, job: _Job, images: list[np.ndarray]) -> None:
-        for slot, image_HW3 in zip(job.slots, images, strict=True):
-            job.encoded[slot] = None
-            job.tasks.append(pool.submit(self._crop, job, slot, image_HW3))
-        for row, data in enumerate(job.encoded):
-            if data is not None:
-                job.tasks.append(pool.submit(self._crop_with_pil, job, row, data))
+    def _start_crops(self, pool: ThreadPoolExecutor, part: Part, images: list[Any]) -> None:
+        job = part.job
+        for task in job.tasks:  # of the part before: no more than two parts are ever held
+            task.result()
+        if self._random_crop and job.draws_B2 is None:
+            job.draws_B2 = self._random_crop.draws(job.positions_B)
+        for row, image_HW3 in zip(part.rows, images, strict=True):
+            job.encoded[row] = None
+            if self._of._crops_on_device:
+                self._crop_on_device(job, row, image_HW3)
+            else:
+                job.tasks.append(pool.submit(self._crop, job, row, image_HW3))
+        if part.last:
+            left = [(row, data) for row, data in enumerate(job.encoded) if data is not None]
+            job.tasks += [pool.submit(self._crop_with_pil, job, row, data) for row, data in left]
 
-    def _crop(self, job: _Job, row: int, image_HW3: np.ndarray) -> None:
-        height, width = image_HW3.shape[:2]
+    def _plan(self, job: Job, row: int, height: int, width: int) -> CropPlan | None:
+        """The plan of one image's crop; None, and a reason recorded, if there can be none."""
+        size, random = self._of.image_size, self._random_crop
         try:
-            plan = self._plan(width, height, job, row)
+            if random is None:
+                return center_plan(width, height, size)
+            return random_plan(width, height, size, random.short_side, *job.draws_B2[row].tolist())
         except ValueError as error:
             job.reasons[row] = str(error)
-            return
-        cropped = np.asarray(crop_pil(Image.fromarray(image_HW3), plan))
-        job.images_B3SS[row] = torch.from_numpy(cropped.copy()).permute(2, 0, 1)
+            return None
 
-    def _plan(self, width: int, height: int, job: _Job, row: int) -> CropPlan:
-        if self._random_crop is None:
-            return center_plan(width, height, self.image_size)
-        return self._random_crop.plan(width, height, self.image_size, job.draws_B[row])
+    def _crop(self, job: Job, row: int, image_HW3: np.ndarray) -> None:
+        if plan := self._plan(job, row, *image_HW3.shape[:2]):
+            crop_into(image_HW3, plan, job.images_B3SS[row].numpy())
 
-    def _crop_with_pil(self, job: _Job, row: int, data: bytes) -> None:
+    def _crop_with_pil(self, job: Job, row: int, data: bytes) -> None:
         try:
             image_HW3 = decode_pil(data)
         except ReadError as error:
             job.reasons[row] = str(error)
-            return
-        self._crop(job, row, image_HW3)
+        else:
+            self._crop(job, row, image_HW3)
 
-    def _finish(self, job: _Job) -> ImageBatch:
+    def _crop_on_device(self, job: Job, row: int, image: Any) -> None:
+        """Crop DALI's image on the pipeline's device, in the stream that DALI hands it over in."""
+        with self._in_stream():
+            on_host = isinstance(image, np.ndarray)
+            image_HW3 = torch.from_numpy(image).to(self._of.device) if on_host else torch.from_dlpack(image)
+            if plan := self._plan(job, row, *image_HW3.shape[:2]):
+                job.crops_on_device.append((row, crop_exact(image_HW3, plan)))
+
+    def _finish(self, job: Job) -> ImageBatch:
         for task in job.tasks:
             task.result()
+        with self._in_stream():
+            images_B3SS = job.images_B3SS.to(self._of.device, non_blocking=True)
+            if job.crops_on_device:
+                rows, crops = zip(*job.crops_on_device, strict=True)
+                images_B3SS[torch.tensor(rows, device=images_B3SS.device)] = torch.stack(crops)
+        if self._stream is not None:
+            self._stream.synchronize()
         failures = [
-            Failure(position, self.index.paths[position], reason)
+            Failure(position, self._of.index.paths[position], reason)
             for position, reason in zip(job.positions_B.tolist(), job.reasons, strict=True)
             if reason is not None
         ]
         valid_B = torch.tensor([reason is None for reason in job.reasons])
-        images = job.images_B3SS.to(self.device)
-        return ImageBatch(torch.from_numpy(job.positions_B), images, valid_B, failures)
+        return ImageBatch(torch.from_numpy(job.positions_B), images_B3SS, valid_B, failures)
+
+    def _in_stream(self) -> AbstractContextManager:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def default_threads() -> int:
+    """Cores that this process may use, shared among the processes that a launcher started on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

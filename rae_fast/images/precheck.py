@@ -5,7 +5,9 @@ One bad image costs DALI its whole batch and the pipeline, so that nothing doubt
 
 from __future__ import annotations
 
+import threading
 import zlib
+from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from struct import error as StructError
 
@@ -19,6 +21,8 @@ MAX_DALI_PIXELS = 20_000_000
 END_OF_IMAGE = b"\xff\xd9"
 TAIL_BYTES = 64 * 1024
 JPEG_START = b"\xff\xd8\xff"
+# Large images take turns: at 100 megapixels each holds close to a gigabyte while it is converted.
+LARGE = threading.Lock()
 # What PIL's decoders raise on damaged bytes. Nothing else is caught: another exception is a fault of ours.
 PIL_FAILURES = (
     OSError,
@@ -40,18 +44,18 @@ PIL_FAILURES = (
 )
 
 
-def fit_for_dali(data: bytes) -> bool:
-    """Whether these are the bytes of a whole 8-bit gray or colour JPEG of sane size, which DALI decodes as PIL does."""
+def pixels_for_dali(data: bytes) -> int:
+    """Pixels of a whole 8-bit gray or colour JPEG of sane size, which DALI decodes as PIL does; 0 for all else."""
     from nvidia import nvimgcodec
 
     if not data.startswith(JPEG_START) or END_OF_IMAGE not in data[-TAIL_BYTES:]:
-        return False
+        return 0
     try:
         stream = nvimgcodec.CodeStream(data)
         pixels, channels = stream.height * stream.width, stream.num_channels
     except RuntimeError:
-        return False
-    return 0 < pixels <= MAX_DALI_PIXELS and channels in (1, 3)
+        return 0
+    return pixels if pixels <= MAX_DALI_PIXELS and channels in (1, 3) else 0
 
 
 def decode_pil(data: bytes) -> np.ndarray:
@@ -61,9 +65,13 @@ def decode_pil(data: bytes) -> np.ndarray:
         ReadError: PIL cannot; the reason in one line.
     """
     try:
-        with Image.open(BytesIO(data)) as image:
+        with Image.open(BytesIO(data)) as image, _one_at_a_time(image.width * image.height):
             return np.asarray(image.convert("RGB"))
     except PIL_FAILURES as error:
         text = " ".join(str(error).split()) or type(error).__name__
         # PIL prints the address of the buffer, which says nothing.
         raise ReadError(text.split(" <_io.BytesIO")[0]) from error
+
+
+def _one_at_a_time(pixels: int) -> AbstractContextManager:
+    return LARGE if pixels > MAX_DALI_PIXELS else nullcontext()
