@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from rae_fast.errors import UserError
 from rae_fast.latents.layout import WORK
 from rae_fast.latents.storage import LocalStorage, Storage
-from rae_fast.runtime import Ranks
+from rae_fast.runtime import Ranks, barrier
 
 LOCK = f"{WORK}/lock"
 POLL_S = 0.05
 # A launcher takes a moment to end the other ranks of a build whose first rank was killed.
-PATIENCE_S = 3.0
-JOIN_S = 600.0
-
-
-def launch_id() -> str:
-    """What the ranks of one launch have in common, and no other launch has."""
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
-    return "|".join(os.environ.get(name, "") for name in names)
+PATIENCE_S = 5.0
 
 
 @contextmanager
@@ -37,26 +33,51 @@ def builder_lock(
 ) -> Iterator[None]:
     """Hold the store for this builder and call `prepare`, on rank 0 before any other rank.
 
-    Rank 0 takes the file exclusively, prepares, writes down its launch, and keeps a shared lock; the other ranks join
-    with shared locks once their own launch stands there. Object stores have no locks: there two builders would write
-    the same bytes twice, since every put is atomic and every shard deterministic.
+    Rank 0 takes the file exclusively, prepares, writes a nonce into it, tells the nonce to the other ranks, and keeps a
+    shared lock; the others take shared locks on the file with that nonce. Object stores have no locks: there two
+    builders would write the same bytes twice, since every put is atomic and every shard deterministic.
 
     Raises:
         UserError: another builder holds the store.
     """
     if not isinstance(storage, LocalStorage):
-        prepare()
+        if ranks.is_main:
+            prepare()
+        barrier()
+        if not ranks.is_main:
+            prepare()
         yield
         return
     path = storage.path(LOCK)
-    handle = _lead(path, storage, patience_s) if ranks.is_main else _join(path, storage)
-    try:
+    if ranks.is_main:
+        handle = _lead(path, storage, patience_s)
+        try:
+            prepare()
+            nonce = secrets.token_hex(16)
+            os.pwrite(handle, nonce.encode(), 0)
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        except BaseException:
+            _share(ranks, "")
+            os.close(handle)
+            raise
+        _share(ranks, nonce)
+    else:
+        handle = _join(path, _share(ranks, ""))
         prepare()
-        if ranks.is_main:
-            _admit(handle)
+    barrier()  # rank 0 may be done at once and remove the file, which the others must have opened before
+    try:
         yield
     finally:
         os.close(handle)
+
+
+def _share(ranks: Ranks, nonce: str) -> str:
+    """Rank 0's nonce, on every rank; waits for rank 0."""
+    if ranks.world == 1:
+        return nonce
+    told = [nonce]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def _lead(path: Path, storage: LocalStorage, patience_s: float) -> int:
@@ -79,30 +100,24 @@ def _lead(path: Path, storage: LocalStorage, patience_s: float) -> int:
         return handle
 
 
-def _admit(handle: int) -> None:
-    """Let the other ranks of this launch in."""
-    os.pwrite(handle, f"{launch_id()}\n".encode(), 0)
-    fcntl.flock(handle, fcntl.LOCK_SH)
-
-
-def _join(path: Path, storage: LocalStorage) -> int:
-    deadline = time.monotonic() + JOIN_S
-    while time.monotonic() < deadline:
-        try:
-            handle = os.open(path, os.O_RDWR)
-        except FileNotFoundError:
-            time.sleep(POLL_S)
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if os.pread(handle, 4096, 0).decode().startswith(launch_id() + "\n") and _is_current(handle, path):
-                return handle
-        except BlockingIOError:
-            pass
+def _join(path: Path, nonce: str) -> int:
+    """A shared lock on the file that rank 0 holds."""
+    if not nonce:
+        raise UserError("rank 0 could not begin", "", "see its message")
+    try:
+        handle = os.open(path, os.O_RDWR)
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if os.pread(handle, len(nonce), 0).decode() == nonce:
+            return handle
         os.close(handle)
-        time.sleep(POLL_S)
-    raise UserError(
-        f"rank 0 of this launch never took {path}", "all ranks to see one file system", "use shared storage"
+    except OSError as error:
+        raise _not_shared(path) from error
+    raise _not_shared(path)
+
+
+def _not_shared(path: Path) -> UserError:
+    return UserError(
+        f"{path} is not the file that rank 0 locked", "all ranks to see one file system", "use shared storage"
     )
 
 

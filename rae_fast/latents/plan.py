@@ -81,6 +81,7 @@ def describe(config: Config, index: ImageIndex, encoder: LatentEncoder) -> dict[
         "device": encoder.device.type,
         "normalization": normalization(config),
         "class_names": list(index.class_names),
+        "dataset_digest": index.digest,
         "dataset": {
             "kind": index.kind,
             "source": index.source,

@@ -44,6 +44,9 @@ class Storage(Protocol):
     def list(self, prefix: str = "") -> list[str]:
         """All keys below a folder, sorted."""
 
+    def walk(self, prefix: str = "") -> Iterator[str]:
+        """The same keys one by one, in any order."""
+
     def delete(self, key: str) -> None:
         """Remove a file; nothing happens if it is absent."""
 
@@ -115,11 +118,12 @@ class LocalStorage:
             return None
 
     def list(self, prefix: str = "") -> list[str]:
-        found = []
+        return sorted(self.walk(prefix))
+
+    def walk(self, prefix: str = "") -> Iterator[str]:
         for folder, _, names in os.walk(self.root / prefix):
             base = Path(folder).relative_to(self.root)
-            found += [str(PurePosixPath(base / name)) for name in names]
-        return sorted(found)
+            yield from (str(PurePosixPath(base / name)) for name in names)
 
     def delete(self, key: str) -> None:
         self.path(key).unlink(missing_ok=True)
@@ -218,6 +222,9 @@ class ObjectStorage:
         start = len(self.root) + 1
         found = self.filesystem.find(f"{self.root}/{prefix}".rstrip("/"))
         return sorted(name[start:] for name in found)
+
+    def walk(self, prefix: str = "") -> Iterator[str]:
+        return iter(self.list(prefix))
 
     def delete(self, key: str) -> None:
         if self.size(key) is not None:

@@ -241,6 +241,14 @@ class LatentStore:
             tensor = self.codec.decode(tensor, None if scales is None else torch.from_numpy(scales))
         return tensor if out is None else out.copy_(tensor)
 
+    def read_pixels(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """Crops of these rows, uint8 [B, 3, S, S].
+
+        Raises:
+            UserError: the store was built without them, or a row's bytes do not match their checksum.
+        """
+        return self.read(indices, PIXELS)
+
     def denormalize(self, z_BCHW: Tensor) -> Tensor:
         """Latents as the encoder gave them: z * sqrt(var + eps) + mean."""
         mean, var = self.mean.to(z_BCHW.device), self.var.to(z_BCHW.device)

@@ -36,7 +36,9 @@ from rae_fast.latents.records import committed_shards, read_record
 from rae_fast.latents.sink import ShardSink
 from rae_fast.latents.storage import TEMPORARY, Storage, open_storage
 from rae_fast.latents.store import check_compatible, create_store, open_store, read_attributes
-from rae_fast.runtime import Ranks, pick_device
+from rae_fast.runtime import Ranks, init_distributed, pick_device
+
+BEGUN = f"{WORK}/begun"  # says that the files around it are ours, before the root's metadata does
 
 
 class Stopped(Exception):
@@ -71,9 +73,15 @@ def build_cache(config: Config, ranks: Ranks | None = None) -> BuildReport:
         Stopped: SIGTERM arrived.
     """
     ranks = ranks or Ranks()
-    started_s = time.monotonic()
     storage = open_storage(cache_path(config))
-    read_attributes(storage)
+    if read_attributes(storage) is None:
+        _refuse_foreign(storage)
+    with _process_group(ranks), _stop_on_sigterm() as stop:
+        return _build(config, ranks, storage, stop)
+
+
+def _build(config: Config, ranks: Ranks, storage: Storage, stop: Callable[[], None]) -> BuildReport:
+    started_s = time.monotonic()
     index = build_index(config.data)
     encoder = LatentEncoder(config.stage_1.params, config.cache.precision, _device(config, ranks))
     wanted = describe(config, index, encoder)
@@ -82,7 +90,7 @@ def build_cache(config: Config, ranks: Ranks | None = None) -> BuildReport:
     def prepare() -> None:
         prepared.append(_prepare(config, ranks, storage, index, encoder, wanted, stop))
 
-    with _stop_on_sigterm() as stop, builder_lock(storage, ranks, prepare):
+    with builder_lock(storage, ranks, prepare):
         build = prepared[0]
         encoded = 0
         if build is not None:
@@ -147,16 +155,20 @@ def _prepare(
     return Build(ranks, storage, attrs, job)
 
 
+def _refuse_foreign(storage: Storage) -> None:
+    """Raises UserError unless the place is empty, or holds the beginning of a store that was killed early."""
+    other = next((key for key in storage.walk() if not key.startswith(f"{WORK}/")), None)
+    if other is not None and storage.size(BEGUN) is None:
+        raise UserError(
+            f"cache.path {storage.url} is not empty ({other}) and holds no latent store",
+            "an empty or new folder",
+            "choose another cache.path",
+        )
+
+
 def _begin(config: Config, storage: Storage, attrs: dict[str, Any], index: ImageIndex) -> None:
     """Write the head of a new store; given statistics come with it."""
-    if storage.list():
-        others = [key for key in storage.list() if not key.startswith(WORK)]
-        if others:
-            raise UserError(
-                f"cache.path {storage.url} is not empty ({others[0]}) and holds no latent store",
-                "an empty or new folder",
-                "choose another cache.path",
-            )
+    storage.write(BEGUN, b"")
     source = attrs["normalization"]["source"]
     if source == GIVEN:
         mean, var = load_statistics(statistics_path(config), tuple(attrs["latent_shape"]))
@@ -204,6 +216,21 @@ def _write(build: Build) -> None:
             sink.put(batch)
             build.advance(progress, batch)
     progress.close()
+
+
+@contextmanager
+def _process_group(ranks: Ranks) -> Iterator[None]:
+    """The ranks of this launch, joined for as long as the build lasts if nobody joined them before.
+
+    They need it once, to agree on whose lock it is; everything else they tell each other through files.
+    """
+    joined_before = torch.distributed.is_initialized()
+    init_distributed(ranks, torch.device("cpu"))
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized() and not joined_before:
+            torch.distributed.destroy_process_group()
 
 
 @contextmanager
