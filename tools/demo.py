@@ -12,16 +12,20 @@ def main() -> None:
     """Parse the command line and run the demo."""
     parser = tool_parser(__doc__, "python tools/demo.py --data ~/photos", config=False)
     parser.add_argument("--data", type=Path, help="ImageFolder to use instead of drawing one")
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything goes (runs/demo)")
+    parser.add_argument(
+        "--folder", type=Path, help="where everything goes (runs/demo or runs/demo-<data>)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of configs/demo*.yaml to change")
     args = parser.parse_intermixed_args()
 
     from rae_fast.demo.pipeline import Demo, run_demo  # after parsing: it takes seconds to import
 
-    metrics = run_demo(Demo(args.folder, args.data, tuple(args.overrides)))
+    name = f"demo-{args.data.resolve().name}" if args.data else "demo"
+    folder = args.folder or Path("runs") / name
+    metrics = run_demo(Demo(folder, args.data, tuple(args.overrides)))
     for name in ("psnr_db", "ssim", "frechet", "class_agreement", "class_agreement_real", "failures"):
         print(f"{name}: {metrics[name]}")
-    print(f"report: {args.folder / 'report.html'}")
+    print(f"report: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

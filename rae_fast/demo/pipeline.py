@@ -5,10 +5,7 @@ Each stage calls the function behind the tool of that name; the two trainings ru
 
 from __future__ import annotations
 
-import fcntl
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import numpy as np
 
 from rae_fast.autoencoder.rae import build_rae
 from rae_fast.config import Config
-from rae_fast.config_file import load_config
+from rae_fast.config_file import load_config, to_yaml
 from rae_fast.demo.encoder import RANDOM_CONFIG, prepare_encoder
 from rae_fast.demo.evaluate import evaluate_demo
 from rae_fast.demo.launch import launch_training
@@ -25,7 +22,6 @@ from rae_fast.demo.page import write_page
 from rae_fast.demo.photos import split_photos
 from rae_fast.demo.shapes import draw_dataset
 from rae_fast.demo.stages import Stages
-from rae_fast.errors import UserError
 from rae_fast.evaluation.images import save_grid, save_npz
 from rae_fast.geometry import resolve_geometry
 from rae_fast.latents.stats import save_statistics
@@ -34,6 +30,7 @@ from rae_fast.latents.writer import build_cache
 from rae_fast.provenance import write_json
 from rae_fast.runtime import Ranks, device_name, pick_device
 from rae_fast.sampling import draw_images, load_sampler
+from rae_fast.training.run_folder import sole_run
 
 CONFIG = Path("configs/demo.yaml")
 DECODER_CONFIG = Path("configs/demo_decoder.yaml")
@@ -41,7 +38,6 @@ IMAGES, HELD_OUT = 2400, 320
 STATISTICS = "stat.pt"
 SAMPLES_A_CLASS = 40
 SAMPLE_SEED = 0
-ORPHAN_WAIT_S = 20
 
 
 @dataclass(frozen=True)
@@ -59,29 +55,42 @@ def run_demo(demo: Demo) -> dict[str, Any]:
     Raises:
         UserError: unusable DATA, a misspelt override, an unwritable folder, or another demo at work in it.
     """
-    start_s = time.monotonic()
+    start_s, folder = time.monotonic(), demo.folder
     # Before any work: a misspelt key must not cost the user the drawing of the images.
     load_config(CONFIG, demo.overrides)
-    with _alone_in(demo.folder):
+    with sole_run(folder, Ranks()):
         stages = Stages(demo.folder)
-        data = stages.run("data", "images", _data_inputs(demo), lambda: _data(demo))
+        data = stages.run("data", "images", _data_inputs(demo), lambda: _data(demo), [folder / "data"])
         encoder = stages.run(
-            "encoder", "frozen encoder", RANDOM_CONFIG, lambda: prepare_encoder(demo.folder / "encoder")
+            "encoder",
+            "frozen encoder",
+            RANDOM_CONFIG,
+            lambda: prepare_encoder(folder / "encoder"),
+            [folder / "encoder"],
         )
         shared = [*_overrides(demo, data, encoder), *demo.overrides]
         config, decoder_config = load_config(CONFIG, shared), load_config(DECODER_CONFIG, shared)
-        inputs = {"config": CONFIG.read_text(), "decoder": DECODER_CONFIG.read_text(), "overrides": shared}
-        stages.run("cache", "latent store", inputs, lambda: _cache(demo, config))
+        stages.run("cache", "latent store", _stored(config), lambda: _cache(demo, config), [folder / "store"])
         stages.run(
-            "decoder", "decoder: L1 + perceptual + GAN", {}, lambda: _train_decoder(demo, decoder_config, shared)
+            "decoder",
+            "decoder: L1 + perceptual + GAN",
+            to_yaml(decoder_config),
+            lambda: _train(demo, "decoder", DECODER_CONFIG, shared, decoder_config),
+            [folder / "decoder"],
         )
-        stages.run("dit", "DiTDH on cached latents", {}, lambda: _train_dit(demo, config, shared))
+        stages.run(
+            "dit",
+            "DiTDH on cached latents",
+            to_yaml(config),
+            lambda: _train(demo, "dit", CONFIG, shared, config),
+            [folder / "dit"],
+        )
         drawn = load_config(CONFIG, [*shared, *_trained(demo)])
         stages.run("samples", "samples with guidance", {}, lambda: _sample(demo, drawn))
-        stages.run("evaluation", "evaluation", {}, lambda: evaluate_demo(drawn, demo.folder, data["val"]))
+        stages.run("evaluation", "evaluation", {}, lambda: evaluate_demo(drawn, folder, data["val"]))
         metrics = _metrics(stages, time.monotonic() - start_s)
-        write_json(demo.folder / "metrics.json", metrics)
-        write_page(demo.folder, drawn, stages, metrics)
+        write_json(folder / "metrics.json", metrics)
+        write_page(folder, drawn, stages, metrics)
     return metrics
 
 
@@ -123,6 +132,13 @@ def _trained(demo: Demo) -> list[str]:
     ]
 
 
+def _stored(config: Config) -> str:
+    """The sections that the store depends on; a change of the others keeps it."""
+    return repr(
+        (config.stage_1.params.encoder_params, config.stage_1.params.encoder_input_size, config.data, config.cache)
+    )
+
+
 def _cache(demo: Demo, config: Config) -> dict[str, Any]:
     report = build_cache(config, Ranks())
     store = open_store(report.url)
@@ -137,15 +153,9 @@ def _cache(demo: Demo, config: Config) -> dict[str, Any]:
     }
 
 
-def _train_decoder(demo: Demo, config: Config, shared: list[str]) -> dict[str, Any]:
-    folder = demo.folder / "decoder"
-    launch_training("tools/train_decoder.py", DECODER_CONFIG, [*shared, f"logging.run_folder={folder}"], config)
-    return {"run_folder": str(folder)}
-
-
-def _train_dit(demo: Demo, config: Config, shared: list[str]) -> dict[str, Any]:
-    folder = demo.folder / "dit"
-    launch_training("tools/train_dit.py", CONFIG, [*shared, f"logging.run_folder={folder}"], config)
+def _train(demo: Demo, name: str, config_file: Path, shared: list[str], config: Config) -> dict[str, Any]:
+    folder = demo.folder / name
+    launch_training(f"tools/train_{name}.py", config_file, [*shared, f"logging.run_folder={folder}"], config)
     return {"run_folder": str(folder)}
 
 
@@ -178,29 +188,3 @@ def _metrics(stages: Stages, wall_s: float) -> dict[str, Any]:
         "peak_memory_bytes": stages.peak_memory_bytes,
         "device": device_name(pick_device()),
     }
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the lock falls with the process, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}", "a writable folder", "give another one with --folder"
-        ) from error
-    with lock:
-        deadline_s = time.monotonic() + ORPHAN_WAIT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                # Training processes of a killed demo notice its death within a second or so and go.
-                if time.monotonic() > deadline_s:
-                    raise UserError(
-                        f"another demo is at work in {folder}", "one at a time", "wait for it, or give --folder"
-                    ) from error
-                time.sleep(0.2)
-        yield

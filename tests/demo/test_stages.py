@@ -1,3 +1,6 @@
+import contextlib
+import shutil
+
 import numpy as np
 
 from rae_fast.demo.stages import PeakMemory, Stages
@@ -50,6 +53,25 @@ def test_an_interrupted_stage_is_run_again_and_the_earlier_ones_are_not(tmp_path
         log.append("killed")
     _run(tmp_path, log)
     assert log == ["a", "b", "killed", "b", "c"]
+
+
+def test_leftovers_are_kept_for_the_same_inputs_and_removed_for_others(tmp_path) -> None:
+    output = tmp_path / "made"
+
+    def begin_and_die() -> dict:
+        output.mkdir()
+        (output / "half").touch()
+        raise KeyboardInterrupt
+
+    def found() -> dict:
+        return {"leftovers": output.exists()}
+
+    for inputs, expected in (("same", True), ("other", False)):
+        folder = tmp_path / inputs
+        with contextlib.suppress(KeyboardInterrupt):
+            Stages(folder).run("a", "first", "same", begin_and_die, [output])
+        assert Stages(folder).run("a", "first", inputs, found, [output]) == {"leftovers": expected}
+        shutil.rmtree(output, ignore_errors=True)
 
 
 def test_peak_memory_sees_what_was_held_meanwhile() -> None:
