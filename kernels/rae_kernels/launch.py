@@ -32,6 +32,7 @@ class Launch:
         constants: compile-time arguments by name.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline of the loops.
+        max_registers: limit on a thread's registers, with which more programs fit one multiprocessor.
     """
 
     kernel: Any
@@ -40,15 +41,20 @@ class Launch:
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told beside the arguments."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
 
     def run(self) -> None:
         """Start the kernel on the device of its tensors; an empty grid is nothing to do."""
         if 0 in self.grid:
             return
         with self._device():
-            self.kernel[self.grid](
-                **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
     def _device(self) -> Any:
         """Triton starts kernels on the current device, which need not be the tensors'."""

@@ -1,6 +1,6 @@
 """Gated residual, norm and modulation in one pass over the rows, and its two halves.
 
-    x' = x + gate (branch + bias)
+    x' = x + gate branch
     y  = norm(x') weight (1 + scale) + shift        (Peebles and Xie, arXiv 2212.09748, adaLN-Zero)
 
 Shapes: B samples, N tokens, C width; x and branch [B, N, C]; modulations [B, 1, C] (per sample) or [B, N, C] (per
@@ -59,7 +59,8 @@ def gated_residual_norm_modulate(
         scale: like gate.
         shift: like gate, or None for zero.
         weight_C: the norm's weight, or None for one.
-        bias_C: the branch's last bias, where its linear map left it out; its gradient then costs no pass of its own.
+        bias_C: the bias that the branch's last linear map has added, only so that its gradient is made on the way:
+            where it is given, that map should use `bias.detach()`.
         eps: added to the mean square.
         layer_norm: subtract the row's mean (LayerNorm), else RMSNorm.
         dtype: type of y; the stream's by default.
@@ -92,7 +93,10 @@ def reference(terms: Terms, eps: float, layer_norm: bool, dtype: torch.dtype) ->
     """The operation in plain PyTorch, (x', y); x itself and an empty y for forms without them."""
     x_new = terms.x
     if terms.branch is not None:
-        branch = _wide(terms.branch) if terms.bias is None else _wide(terms.branch) + _wide(terms.bias)
+        branch = _wide(terms.branch)
+        if terms.bias is not None:
+            # Adds nothing to the value, and the column sums of the gradient to the bias's.
+            branch = branch + _wide(terms.bias - terms.bias.detach())
         x_new = (_wide(x_new) + _wide(terms.gate) * branch).to(x_new.dtype)
     if terms.scale is None:
         return x_new, _absent(x_new)
@@ -126,9 +130,8 @@ def reference_backward(
         across = d_normed.mean(-1, keepdim=True) if layer_norm else 0.0
         dx = dx + rstd[..., None] * (d_normed - normed * along - across)
     if terms.branch is not None:
-        branch = _wide(terms.branch) if terms.bias is None else _wide(terms.branch) + _wide(terms.bias)
         wide_dbranch = dx * _wide(terms.gate)
-        dbranch, dgate = wide_dbranch.to(terms.branch.dtype), _like(dx * branch, terms.gate)
+        dbranch, dgate = wide_dbranch.to(terms.branch.dtype), _like(dx * _wide(terms.branch), terms.gate)
         dbias = dbias if terms.bias is None else wide_dbranch.sum((0, 1)).to(terms.bias.dtype)
     dx = _absent(wide) if terms.scale is None else dx.to(terms.x.dtype)
     return dx, dbranch, dgate, dbias, dscale, dshift, dweight

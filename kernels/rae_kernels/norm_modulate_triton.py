@@ -35,16 +35,11 @@ def store_columns(row, columns, values, C: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def add_branch(
-    x, branch, gate, bias, x_new, columns, C: tl.constexpr, FULL: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr
-):
-    """x + gate (branch + bias), stored and returned as the residual stream's type rounds it."""
+def add_branch(x, branch, gate, x_new, columns, C: tl.constexpr, FULL: tl.constexpr, BRANCH: tl.constexpr):
+    """x + gate branch, stored and returned as the residual stream's type rounds it."""
     value = load_columns(x, columns, C, FULL)
     if BRANCH:
-        added = load_columns(branch, columns, C, FULL)
-        if BIAS:
-            added += load_columns(bias, columns, C, FULL)
-        value += load_columns(gate, columns, C, FULL) * added
+        value += load_columns(gate, columns, C, FULL) * load_columns(branch, columns, C, FULL)
         value = value.to(x_new.dtype.element_ty).to(tl.float32)
         store_columns(x_new, columns, value, C, FULL)
     return value
@@ -66,11 +61,11 @@ def modulate(
 
 @triton.jit
 def forward_kernel(
-    x, branch, gate, bias, scale, shift, weight, x_new, y, mean, rstd,
+    x, branch, gate, scale, shift, weight, x_new, y, mean, rstd,
     x_sample, x_token, branch_sample, branch_token, gate_sample, gate_token,
     scale_sample, scale_token, shift_sample, shift_token, N,
     C: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FULL_MAIN: tl.constexpr, FULL_TAIL: tl.constexpr,
-    ROWS: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
+    ROWS: tl.constexpr, BRANCH: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
     WEIGHT: tl.constexpr, SHIFT: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     groups = tl.cdiv(N, ROWS)
@@ -85,9 +80,9 @@ def forward_kernel(
             branch + sample * branch_sample + token * branch_token,
             gate + sample * gate_sample + token * gate_token,
         )
-        value = add_branch(x_row, branch_row, gate_row, bias, x_new_row, main, C, FULL_MAIN, BRANCH, BIAS)
+        value = add_branch(x_row, branch_row, gate_row, x_new_row, main, C, FULL_MAIN, BRANCH)
         if TAIL:
-            value_t = add_branch(x_row, branch_row, gate_row, bias, x_new_row, tail, C, FULL_TAIL, BRANCH, BIAS)
+            value_t = add_branch(x_row, branch_row, gate_row, x_new_row, tail, C, FULL_TAIL, BRANCH)
         if NORM:
             if LAYER:
                 total = tl.sum(value)
@@ -141,13 +136,11 @@ def norm_gradient(
 
 @triton.jit
 def branch_gradient(
-    dx, branch_row, gate_row, bias, dbranch_row, dgate_row, columns,
-    C: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, PER_TOKEN: tl.constexpr,
+    dx, branch_row, gate_row, dbranch_row, dgate_row, columns,
+    C: tl.constexpr, FULL: tl.constexpr, PER_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """(addend of the gate's gradient, gradient of the branch) of some columns of a row; the latter is stored."""
     branch = load_columns(branch_row, columns, C, FULL)
-    if BIAS:
-        branch += load_columns(bias, columns, C, FULL)
     dbranch = load_columns(gate_row, columns, C, FULL) * dx
     store_columns(dbranch_row, columns, dbranch, C, FULL)
     if PER_TOKEN:
@@ -175,12 +168,12 @@ def store_sums(row, columns, first, second, third, fourth, C: tl.constexpr, FULL
 
 @triton.jit
 def backward_kernel(
-    dx_new, dy, x_new, branch, gate, bias, scale, weight, mean, rstd,
+    dx_new, dy, x_new, branch, gate, scale, weight, mean, rstd,
     dx, dbranch, dgate, dscale, dshift, partials,
     dx_new_sample, dx_new_token, dy_sample, dy_token, x_sample, x_token, branch_sample, branch_token,
     gate_sample, gate_token, scale_sample, scale_token, N,
     C: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FULL_MAIN: tl.constexpr, FULL_TAIL: tl.constexpr,
-    ROWS: tl.constexpr, SUMS: tl.constexpr, BRANCH: tl.constexpr, BIAS: tl.constexpr, STREAM: tl.constexpr,
+    ROWS: tl.constexpr, SUMS: tl.constexpr, BRANCH: tl.constexpr, STREAM: tl.constexpr,
     NORM: tl.constexpr, LAYER: tl.constexpr, WEIGHT: tl.constexpr, SHIFT: tl.constexpr, PER_TOKEN: tl.constexpr,
 ):  # fmt: skip
     groups = tl.cdiv(N, ROWS)
@@ -245,8 +238,8 @@ def backward_kernel(
             branch_row = branch + sample * branch_sample + token * branch_token
             gate_row = gate + sample * gate_sample + token * gate_token
             d_gate, d_branch = branch_gradient(
-                gradient, branch_row, gate_row, bias, dbranch + row * C, dgate + row * C, main,
-                C, FULL_MAIN, BIAS, PER_TOKEN,
+                gradient, branch_row, gate_row, dbranch + row * C, dgate + row * C, main,
+                C, FULL_MAIN, PER_TOKEN,
             )  # fmt: skip
             if PER_TOKEN:
                 sum4 += d_branch
@@ -255,8 +248,8 @@ def backward_kernel(
                 sum4 += gradient
             if TAIL:
                 d_gate_t, d_branch_t = branch_gradient(
-                    gradient_t, branch_row, gate_row, bias, dbranch + row * C, dgate + row * C, tail,
-                    C, FULL_TAIL, BIAS, PER_TOKEN,
+                    gradient_t, branch_row, gate_row, dbranch + row * C, dgate + row * C, tail,
+                    C, FULL_TAIL, PER_TOKEN,
                 )  # fmt: skip
                 if PER_TOKEN:
                     sum4_t += d_branch_t
@@ -313,7 +306,7 @@ def forward_launch(
     launch = Launch(
         forward_kernel,
         (samples * triton.cdiv(tokens, config["rows"]),),
-        pointers(x, **terms._asdict())
+        pointers(x, **{k: v for k, v in terms._asdict().items() if k != "bias"})
         | dict(zip(("x_new", "y", "mean", "rstd"), outputs, strict=True))
         | row_strides(x=x, branch=terms.branch, gate=terms.gate, scale=terms.scale, shift=terms.shift)
         | {"N": tokens},
@@ -328,7 +321,6 @@ def forms(terms: Terms, layer_norm: bool) -> dict[str, bool]:
     """Which terms this form of the kernels has."""
     return {
         "BRANCH": terms.branch is not None,
-        "BIAS": terms.bias is not None,
         "NORM": terms.scale is not None,
         "LAYER": layer_norm,
         "WEIGHT": terms.weight is not None,
@@ -364,7 +356,7 @@ def backward_launch(
         x.new_empty(programs, sums, width, dtype=torch.float32),
     )
     names = ("dx", "dbranch", "dgate", "dscale", "dshift", "partials")
-    inputs = {k: v for k, v in terms._asdict().items() if k not in {"x", "shift"}} | {"x_new": x}
+    inputs = {k: v for k, v in terms._asdict().items() if k not in {"x", "shift", "bias"}} | {"x_new": x}
     launch = Launch(
         backward_kernel,
         (programs,),

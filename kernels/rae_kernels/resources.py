@@ -73,8 +73,7 @@ def compile_for(launch: Launch, capability: int = 90) -> Resources:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted in this process and cannot be compiled")
     signature, constants, attributes = _specialize(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     return _inspect(compiled.asm["cubin"], compiled.metadata.shared, launch.num_warps)
 
 

@@ -68,8 +68,22 @@ def patch_language_once() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
+def accept_arrays_of_one_number() -> None:
+    """Let Triton below 3.8 work with numpy from 2.4 on, which takes no [1] array for an int any more."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: type, *scope: object) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patch
+
+
 if INTERPRETING:
     patch_language_once()
+    accept_arrays_of_one_number()
 
 CHILD = pytest.StashKey[Child]()
 REPORTS: dict[str, list[str]] = {}
