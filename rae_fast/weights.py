@@ -45,6 +45,31 @@ def read_weights_file(path: str | Path) -> Any:
         ) from error
 
 
+def select_weights(content: Any, source: str | Path, which: str = "ema") -> dict[str, Tensor]:
+    """The state dict in what a file holds: a bare one, or `ema` or `model` of a training checkpoint.
+
+    Prefixes of wrappers (`module.` of DDP, `_orig_mod.` of torch.compile) are taken off.
+
+    Args:
+        content: what `read_weights_file` returned.
+        source: file that the message names.
+        which: `ema`, falling back to `model` where the checkpoint has no average, or `model`.
+
+    Raises:
+        UserError: nothing in it is a state dict, or names collide without their prefixes.
+    """
+    held = content
+    if isinstance(content, Mapping):
+        held = next((content[key] for key in (which, "model") if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(held, Mapping) or not held or not all(isinstance(value, Tensor) for value in held.values()):
+        keys = ", ".join(map(str, list(held)[:SHOWN])) if isinstance(held, Mapping) else type(held).__name__
+        raise UserError(f"{source} holds {keys or 'nothing'}", "a state dict, or a checkpoint with `ema` or `model`")
+    bare = {str(name).replace("_orig_mod.", "").removeprefix("module."): value for name, value in held.items()}
+    if len(bare) < len(held):
+        raise UserError(f"{source}: names collide once module. and _orig_mod. are taken off", "one model's weights")
+    return bare
+
+
 def load_strictly(module: nn.Module, tensors: Mapping[str, Any], source: str | Path, cause: str = "") -> None:
     """Copy `tensors` into `module` if names and shapes agree exactly; otherwise leave the module as it is.
 

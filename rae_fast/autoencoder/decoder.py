@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from rae_fast.errors import UserError
 from rae_fast.patches import sincos_table, unpatchify
 from rae_fast.provenance import read_json
-from rae_fast.weights import load_strictly, read_weights_file
+from rae_fast.weights import load_strictly, read_weights_file, select_weights
 
 # (width, layers, heads, feed-forward width) of the decoders that the reference trains.
 SIZES = {"ViTB": (768, 12, 12, 3072), "ViTL": (1024, 24, 16, 4096), "ViTXL": (1152, 28, 16, 4096)}
@@ -212,18 +212,29 @@ class ViTDecoder(nn.Module):
         return unpatchify(patches_BNE, self.config.patch_size, self.config.grid)
 
 
+def read_decoder_weights(path: str | Path, which: str = "ema") -> dict[str, Tensor]:
+    """The decoder's state dict in a bare file, the released form, or in a stage-1 training checkpoint.
+
+    A checkpoint's encoder is passed over: it is frozen, and its names depend on the version of transformers.
+
+    Raises:
+        UserError: the file cannot be read or holds no decoder.
+    """
+    tensors = select_weights(read_weights_file(path), path, which)
+    prefix = "decoder."
+    inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return inside or tensors
+
+
 def load_decoder_weights(decoder: ViTDecoder, path: str | Path) -> None:
-    """Load a bare decoder state dict, the form in which decoders are released.
+    """Load a decoder from a bare state dict or a stage-1 training checkpoint.
 
     Raises:
         UserError: the file cannot be read, or its names or shapes are not the decoder's; the decoder is left as it was.
     """
-    content = read_weights_file(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}", "a state dict of the decoder")
     load_strictly(
         decoder,
-        content,
+        read_decoder_weights(path),
         path,
         "check stage_1.params.decoder_config_path, decoder_patch_size and encoder_input_size",
     )

@@ -200,8 +200,10 @@ def _build_decoder(stage1: Stage1, hidden_size: int, grid: int) -> ViTDecoder:
         raise UserError("stage_1.params.decoder_config_path is not set", "a decoder's config.json, its folder or name")
     config = load_decoder_config(params.decoder_config_path)
     decoder = ViTDecoder(replace(config, hidden_size=hidden_size, grid=grid, patch_size=params.decoder_patch_size))
-    if params.pretrained_decoder_path is not None:
-        load_decoder_weights(decoder, params.pretrained_decoder_path)
+    # As in the reference, a training checkpoint wins over the decoder it may have started from.
+    weights = stage1.ckpt or params.pretrained_decoder_path
+    if weights is not None:
+        load_decoder_weights(decoder, weights)
     return decoder
 
 
