@@ -215,7 +215,7 @@ def take_snapshot(step: int, engines: Mapping[str, Engine], state: Mapping[str, 
         counters[name] = engine.scalar_state()
         about["engines"][name] = {
             "zero_stage": engine.zero_stage,
-            "kinds": sorted(engine.flat_state()),
+            "kinds": list(engine.flat_state()),
             "shapes": {key: list(shape) for key, shape in engine.shards.shapes.items()},
         }
     if any(engine.device.type == "cuda" for engine in engines.values()):

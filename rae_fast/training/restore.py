@@ -122,8 +122,8 @@ def check_same_model(path: Path, name: str, saved: Mapping[str, Any] | None, eng
                 f"{here or 'no such parameter'}, as the config's model has",
                 "use the config that wrote it, or another run folder",
             )
-    kinds = sorted(engine.flat_state())
-    if kinds != saved["kinds"]:
+    kinds = list(engine.flat_state())
+    if sorted(kinds) != sorted(saved["kinds"]):
         averages = [[k.removeprefix("ema/") for k in ks if k.startswith("ema/")] for ks in (saved["kinds"], kinds)]
         raise UserError(
             f"checkpoint {path} holds EMA {', '.join(averages[0]) or 'of no decay'}",

@@ -1,6 +1,6 @@
 """The folder of one run: who works in it, what it was asked to do, what it was made from.
 
-    runs/<name>/{config.yaml, manifest.json, log.jsonl, speed.jsonl, events.jsonl, checkpoints/, samples/, export/}
+runs/<name>/{config.yaml, manifest.json, log.jsonl, speed.jsonl, events.jsonl, checkpoints/, samples/, export/}
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -22,6 +22,7 @@ from rae_fast.config_file import to_yaml
 from rae_fast.errors import UserError
 from rae_fast.provenance import atomic_write, read_json, versions, write_json
 from rae_fast.runtime import Ranks, device_name
+from rae_fast.training.restore import agree
 
 # Ranks of a killed run notice its death within seconds and let go of the folder.
 LOCK_WAIT_S = 20.0
@@ -41,9 +42,28 @@ def sole_run(folder: Path, ranks: Ranks) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be written, or another run is at work in it.
     """
-    if not ranks.is_main:
+    lock, refusal = None, None
+    if ranks.is_main:
+        try:
+            lock = take_lock(folder)
+        except UserError as error:
+            refusal = (error.found, error.expected, error.mend)
+    refusal = agree(refusal, ranks)
+    if refusal is not None:
+        raise UserError(*refusal)
+    try:
         yield
-        return
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def take_lock(folder: Path) -> IO[str]:
+    """The folder's lock file, locked until it is closed.
+
+    Raises:
+        UserError: see `sole_run`.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")
@@ -51,19 +71,18 @@ def sole_run(folder: Path, ranks: Ranks) -> Iterator[None]:
         raise UserError(
             f"cannot write run folder {folder}: {error.strerror}", "a writable folder", "set logging.run_folder"
         ) from error
-    with lock:
-        deadline_s = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline_s:
-                    raise UserError(
-                        f"another run is at work in {folder}", "one at a time", "wait for it, or set logging.run_folder"
-                    ) from error
-                time.sleep(0.2)
-        yield
+    deadline_s = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError as error:
+            if time.monotonic() > deadline_s:
+                lock.close()
+                raise UserError(
+                    f"another run is at work in {folder}", "one at a time", "wait for it, or set logging.run_folder"
+                ) from error
+            time.sleep(0.2)
 
 
 def describe_run(

@@ -1,0 +1,327 @@
+"""Trains a diffusion transformer from a latent store: `train_dit` is what `tools/train_dit.py` calls.
+
+Everything random about a sample (order, view, timestep, noise, label drop) is a function of (seed, epoch, row of the
+store), so a run is the same run whatever interrupts it, and on whatever number of ranks it goes on.
+
+Shapes: B samples of a micro-batch, C, H, W of a latent.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae_fast import rng
+from rae_fast.config import Config
+from rae_fast.errors import UserError
+from rae_fast.geometry import Geometry, resolve_geometry
+from rae_fast.latents.loader import BatchStream, LatentBatch, build_loader
+from rae_fast.latents.store import LatentStore
+from rae_fast.rng import Stream
+from rae_fast.runtime import Ranks, init_distributed, pick_device
+from rae_fast.training.batching import (
+    BatchPlan,
+    checkpoint_interval,
+    count_steps,
+    ema_decays,
+    plan_batches,
+)
+from rae_fast.training.checkpoint import Checkpointer
+from rae_fast.training.dit_setup import (
+    build_model,
+    facts_about,
+    identity,
+    load_pretrained,
+    open_training_store,
+    training_flops,
+)
+from rae_fast.training.engine import RECORD, Engine
+from rae_fast.training.export import export_weights
+from rae_fast.training.memory import advise, plan_memory
+from rae_fast.training.monitor import Monitor
+from rae_fast.training.previews import Previews, decoder_of, has_decoder
+from rae_fast.training.run_folder import StopSignals, describe_run, plain, run_folder, share_threads, sole_run
+from rae_fast.training.schedule import build_schedule
+from rae_fast.training.stall import Heartbeat
+from rae_fast.training.trace import StepTrace
+from rae_fast.training.wandb_sink import open_sink
+from rae_fast.transport.objective import Transport
+
+# Edges of the timestep bands whose losses are logged apart.
+BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
+BAND_NAMES = tuple(f"loss_t{low:.2f}-{high:.2f}" for low, high in pairwise(BANDS))
+
+
+def train_dit(config: Config, ranks: Ranks | None = None, *, name: str = "dit") -> dict[str, Any]:
+    """Train, or go on training, the config's diffusion transformer; returns when it is done or told to stop.
+
+    Args:
+        config: the whole configuration.
+        ranks: this process among all.
+        name: of the run, where the config gives none.
+
+    Returns:
+        step, steps (of the whole run), finished, run_folder.
+
+    Raises:
+        UserError: sections that contradict each other, a store or checkpoint that does not fit, too little memory, or
+            a loss that stays non-finite.
+    """
+    ranks = ranks or Ranks()
+    device = pick_device(config.runtime.device, ranks.local_rank)
+    share_threads(ranks, device)
+    folder = run_folder(config, name)
+    geometry = resolve_geometry(config)
+    batches = plan_batches(config.training, ranks)
+    store, geometry = open_training_store(config, geometry)
+    init_distributed(ranks, device)
+    with sole_run(folder, ranks), StopSignals() as signals:
+        describe_run(folder, config, ranks, device, identity(config, store, batches), store=facts_about(store))
+        return DiTRun(config, geometry, store, batches, ranks, device, folder).train(signals)
+
+
+class DiTRun:
+    """One run from its beginning or its newest checkpoint.
+
+    Args:
+        config: the whole configuration.
+        geometry: sizes, number of classes included.
+        store: latents.
+        batches: batch sizes.
+        ranks: this process among all.
+        device: where this rank computes.
+        folder: the run folder.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        geometry: Geometry,
+        store: LatentStore,
+        batches: BatchPlan,
+        ranks: Ranks,
+        device: torch.device,
+        folder: Path,
+    ) -> None:
+        training = config.training
+        self.config, self.geometry, self.batches, self.ranks, self.device = config, geometry, batches, ranks, device
+        self.folder, self.seed = folder, training.global_seed
+        self.stream = self._open_stream(store)
+        self.steps_per_epoch = self.stream.epoch_images // batches.global_batch
+        self.total_steps = count_steps(training, self.steps_per_epoch)
+        self.transport = Transport.from_config(config, geometry.latent_shape)
+        self.checkpoints = Checkpointer(
+            folder / "checkpoints", ranks, keep=training.keep_checkpoints, keep_every=training.keep_every
+        )
+        self.checkpoint_every = checkpoint_interval(training, self.steps_per_epoch)
+        self.model = build_model(config, geometry)
+        if config.stage_2.ckpt is not None and not self.checkpoints.steps():
+            load_pretrained(self.model, config.stage_2.ckpt, say=ranks.is_main)
+        self.engine = self._build_engine()
+        state = self.checkpoints.restore({"model": self.engine})
+        if state is not None:
+            self.stream.seek(state["epoch"], state["position"])
+        self.monitor = self._build_monitor()
+        if state is not None:
+            self.monitor.load_state(state["monitor"])
+        self.saved_step = self.engine.steps if state is not None else -1
+        self.previews = self._build_previews(store)
+        self._bands = torch.tensor(BANDS[1:-1], device=device)
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _open_stream(self, store: LatentStore) -> BatchStream:
+        return build_loader(
+            self.config.loader,
+            store,
+            batch_size=self.batches.micro_batch,
+            images_per_step=self.batches.global_batch,
+            seed=self.seed,
+            ranks=self.ranks,
+            device=self.device,
+        )
+
+    def _build_engine(self) -> Engine:
+        training = self.config.training
+        schedule = build_schedule(
+            training.scheduler,
+            lr=training.optimizer.lr,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
+        return Engine(
+            self.model,
+            optimizer=training.optimizer,
+            lr=schedule,
+            ranks=self.ranks,
+            device=self.device,
+            runtime=self.config.runtime,
+            deepspeed=self.config.deepspeed,
+            accumulation=self.batches.accumulation,
+            micro_batch=self.batches.micro_batch,
+            clip_grad=training.clip_grad,
+            ema_decays=ema_decays(training),
+        )
+
+    def _build_monitor(self) -> Monitor:
+        names = [*RECORD, *(part for band in BAND_NAMES for part in (band, f"{band}/count"))]
+        return Monitor(
+            self.folder,
+            self.ranks,
+            names,
+            images_per_step=self.batches.global_batch,
+            total_steps=self.total_steps,
+            log_interval=self.config.training.log_interval,
+            start_step=self.engine.steps,
+            max_nonfinite=self.config.training.max_nonfinite,
+            flops_per_image=training_flops(self.model, self.geometry) if self.device.type == "cuda" else None,
+            device=self.device,
+            label="DiT",
+            sink=open_sink(self.config.logging, self.folder, self.ranks, plain(asdict(self.config))),
+        )
+
+    def _build_previews(self, store: LatentStore) -> Previews | None:
+        if not self.config.training.sample_every:
+            return None
+        if not has_decoder(self.config):
+            if self.ranks.is_main:
+                print("no stage_1.params.pretrained_decoder_path: training without sample grids", flush=True)
+            return None
+        rae = decoder_of(self.config, store, self.device)
+        return Previews(self.config, self.geometry, rae, self.folder)
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self, signals: StopSignals) -> dict[str, Any]:
+        """Steps until the end, a signal, or an error."""
+        trace = StepTrace(self.config.runtime.profile, self.folder, self.ranks)
+        self.model.train()
+        try:
+            with Heartbeat(self.folder, self.ranks, self.config.runtime.stall_s) as heartbeat:
+                while self.engine.steps < self.total_steps and not self.monitor.stop:
+                    step = self.engine.steps + 1
+                    self.engine.stop_requested = signals.requested
+                    trace.before(step)
+                    self.one_step(heartbeat)
+                    trace.after(step)
+                    heartbeat.stepped(step)
+                    self.at_intervals(step, heartbeat)
+                return self.finish(heartbeat)
+        except torch.OutOfMemoryError as error:
+            raise self.out_of_memory(error) from error
+        finally:
+            self.stream.close()
+
+    def one_step(self, heartbeat: Heartbeat) -> None:
+        """One optimizer step: all its micro-batches, then the update."""
+        wait_s, samples = 0.0, []
+        for _ in range(self.batches.accumulation):
+            heartbeat.enter("waiting for data")
+            asked_s = time.monotonic()
+            batch = next(self.stream)
+            wait_s += time.monotonic() - asked_s
+            heartbeat.enter("forward and backward")
+            self.engine.backward(self.loss(batch))
+            samples.append(batch.index_B)
+            heartbeat.enter("optimizer step and gradient reduction")
+            self.engine.step()
+        self.monitor.record(
+            self.engine.steps,
+            self.engine.record,
+            epoch=self.engine.steps / self.steps_per_epoch,
+            lr=self.engine.lr,
+            wait_s=wait_s,
+            samples=torch.cat(samples) if len(samples) > 1 else samples[0],
+        )
+
+    def loss(self, batch: LatentBatch) -> Tensor:
+        """Mean flow-matching loss of a micro-batch; its sums by timestep band go to the engine's record."""
+        draw = (self.seed, batch.epoch, batch.index_B)
+        t_B = self.transport.sample_time(rng.uniform(*draw, Stream.TIME))
+        noise_BCHW = rng.normal(*draw, Stream.NOISE, tuple(batch.latents_BCHW.shape[1:]))
+        drop_B = rng.uniform(*draw, Stream.LABEL_DROP)
+        model = partial(self._predict, batch.labels_B, drop_B)
+        loss_B = self.transport.loss(model, batch.latents_BCHW, t_B, noise_BCHW)
+        self.engine.observe(self.by_band(loss_B.detach(), t_B))
+        return loss_B.mean()
+
+    def _predict(self, labels_B: Tensor, drop_B: Tensor, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        return self.engine(x_BCHW, t_B, labels_B, labeldrop_u=drop_B)
+
+    def by_band(self, loss_B: Tensor, t_B: Tensor) -> Tensor:
+        """(sum of losses, count) for each timestep band, flat, float64."""
+        band_B = torch.bucketize(t_B, self._bands, right=True)
+        sums = torch.zeros(len(BAND_NAMES), 2, dtype=torch.float64, device=loss_B.device)
+        # A matrix product instead of a scatter: the order of its sum is fixed, also on a GPU.
+        member = torch.nn.functional.one_hot(band_B, len(BAND_NAMES)).to(torch.float64)
+        values = torch.stack([loss_B.to(torch.float64), torch.ones_like(loss_B, dtype=torch.float64)], dim=1)
+        sums += member.T @ torch.nan_to_num(values)
+        return sums.flatten()
+
+    def at_intervals(self, step: int, heartbeat: Heartbeat) -> None:
+        """What is due after a step."""
+        training = self.config.training
+        if self.previews is not None and step % training.sample_every == 0:
+            heartbeat.enter("drawing samples")
+            path = self.previews.draw(self.engine, step)
+            if path is not None and self.monitor.sink is not None:
+                self.monitor.sink.image("samples", path, step * self.batches.global_batch)
+        if self.checkpoint_every and step % self.checkpoint_every == 0:
+            heartbeat.enter("checkpoint")
+            self.save()
+
+    def save(self) -> None:
+        """Checkpoint of this moment, written while training goes on."""
+        self.monitor.flush()
+        epoch, position = self.stream.state()
+        state = {"epoch": epoch, "position": position, "monitor": self.monitor.state()}
+        self.checkpoints.save(self.engine.steps, {"model": self.engine}, state)
+        self.saved_step = self.engine.steps
+
+    def finish(self, heartbeat: Heartbeat) -> dict[str, Any]:
+        """Checkpoint, and after the last step also the export."""
+        finished = self.engine.steps >= self.total_steps
+        heartbeat.enter("last checkpoint")
+        if self.saved_step != self.engine.steps:
+            self.save()
+        self.checkpoints.wait()
+        self.monitor.close()
+        if finished:
+            heartbeat.enter("export")
+            epoch = self.engine.steps // self.steps_per_epoch
+            export_weights(self.folder / "export", self.engine, step=self.engine.steps, epoch=epoch)
+        elif self.ranks.is_main:
+            print(
+                f"stopped at step {self.engine.steps} of {self.total_steps} with a checkpoint; "
+                "the same command goes on from here",
+                flush=True,
+            )
+        self.engine.close()
+        facts = {"step": self.engine.steps, "steps": self.total_steps, "finished": finished}
+        return {**facts, "run_folder": str(self.folder)}
+
+    def out_of_memory(self, error: torch.OutOfMemoryError) -> UserError:
+        """What ran out, and what would fit."""
+        plan = plan_memory(
+            self.model,
+            micro_batch=self.batches.micro_batch,
+            world=self.ranks.world,
+            zero_stage=self.engine.zero_stage,
+            averages=len(self.engine.ema.labels),
+            value_bytes=2 if self.config.runtime.precision == "bf16" else 4,
+            checkpointing=self.config.runtime.activation_checkpointing,
+        )
+        available = torch.cuda.get_device_properties(self.device).total_memory
+        found = str(error).split(". ")[0]
+        return UserError(
+            f"out of GPU memory with training.batch_size={self.batches.micro_batch}: {found}",
+            "",
+            f"{advise(plan, available)} (global_batch_size stays: accumulation makes up for it)",
+        )
