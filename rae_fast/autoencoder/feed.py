@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,6 +106,13 @@ class CachedFeed(LatentLoader):
         eps = store.attrs["normalization"]["eps"]
         self._mean, self._std = store.mean.to(device), (store.var + eps).sqrt().to(device)
 
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged."""
+        return {"dataset": self.store.attrs["dataset_digest"], "images": self.epoch_images, "views": self._views()}
+
+    def _views(self) -> list[str]:
+        return list(self.store.views) if self.flip else [self.store.views[0]]
+
     def _prepare(self, epoch: int, position: int) -> Iterator[_HostBatch]:
         pinned = self.target.type == "cuda"
         pixels = self.store.planes[PIXELS]
@@ -154,6 +162,10 @@ class OnlineFeed(BatchStream):
         self.index, self.encoder, self.data, self.image_size = index, encoder, config.data, image_size
         self.seed, self.target = seed, device
         self._told: set[int] = set()
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged."""
+        return {"dataset": self.index.digest, "images": self.epoch_images, "crop": self.data.train_crop}
 
     def _prepare(self, epoch: int, position: int) -> Iterator[_HostBatch]:
         while True:

@@ -5,9 +5,11 @@ Shapes: B images, 3 x H x W pixels in [0, 1] unless said otherwise; logits have 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,10 @@ from torch import Tensor, nn
 
 from rae_fast.errors import UserError
 
+if TYPE_CHECKING:
+    from rae_fast.encoders import FrozenEncoder
+
+FEATURE_LAYERS = 4
 VGG_FILE = "vgg16-397923af.pth"
 VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
 VGG_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # indices in torchvision's `features`
@@ -115,6 +121,22 @@ class EncoderPerceptual(nn.Module):
 def _token_distance(x_BNC: Tensor, y_BNC: Tensor) -> Tensor:
     difference = F.normalize(x_BNC.float(), dim=-1) - F.normalize(y_BNC.float(), dim=-1)
     return difference.square().sum(dim=-1).mean()
+
+
+def encoder_features(encoder: FrozenEncoder) -> Callable[[Tensor], list[Tensor]]:
+    """What `EncoderPerceptual` compares: patch tokens [B, N, C] after four evenly spaced blocks at most.
+
+    Gradients flow back to the images. Blocks come before the encoder's final norm.
+    """
+    last = encoder.num_layers - 1
+    probe = copy.copy(encoder)  # shares the weights; only `layers` is its own
+    probe.layers = tuple(sorted({round(last * (i + 1) / FEATURE_LAYERS) for i in range(FEATURE_LAYERS)}))
+
+    def features(images_B3HW: Tensor) -> list[Tensor]:
+        pixels = probe.prepare(images_B3HW).to(probe.options.dtype)
+        return [tokens[:, probe.prefix_tokens :] for tokens in probe.block_tokens(pixels)]
+
+    return features
 
 
 def find_vgg_weights(path: str | None = None) -> Path | None:

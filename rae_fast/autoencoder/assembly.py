@@ -1,0 +1,268 @@
+"""Everything that decoder training needs, built from a config: data, both players, losses, held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rae_fast.autoencoder.augment import DiffAugment
+from rae_fast.autoencoder.discriminator import DinoBackbone, build_backbone, build_heads
+from rae_fast.autoencoder.feed import CachedFeed, OnlineFeed
+from rae_fast.autoencoder.losses import EncoderPerceptual, Lpips, encoder_features, load_lpips
+from rae_fast.autoencoder.objective import DecoderObjective
+from rae_fast.autoencoder.rae import RAE, build_rae
+from rae_fast.autoencoder.step import DecoderStep
+from rae_fast.autoencoder.validation import HeldOut, held_out_source, prepare_held_out
+from rae_fast.config import Config, GanLoss, Scheduler
+from rae_fast.errors import UserError
+from rae_fast.geometry import Geometry, resolve_geometry
+from rae_fast.images.index import build_index
+from rae_fast.latents.encode import LatentEncoder
+from rae_fast.latents.plan import cache_path
+from rae_fast.latents.store import LatentStore, check_compatible, open_store
+from rae_fast.runtime import Ranks
+from rae_fast.training.batching import BatchPlan, ema_decays
+from rae_fast.training.engine import Engine
+from rae_fast.training.schedule import build_schedule
+
+# A discriminator of a few million parameters: float32 throughout, its states cut over ranks at most.
+DISCRIMINATOR_DEEPSPEED = {"zero_optimization": {"stage": 1}}
+
+
+@dataclass
+class Players:
+    """Decoder and discriminator with their engines, and what measures them.
+
+    Attributes:
+        engines: by name, for checkpoints.
+        generator: the decoder's engine.
+        update: makes one step of both.
+        to_pixels: decoder output [B, N, E] -> images [B, 3, S, S] in about [0, 1].
+        held_out: images to evaluate on, or None.
+    """
+
+    engines: dict[str, Engine]
+    generator: Engine
+    update: DecoderStep
+    to_pixels: Callable[[Tensor], Tensor]
+    held_out: HeldOut | None
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def build_encoder_if_needed(config: Config, device: torch.device) -> LatentEncoder | None:
+    """The frozen encoder; None where cached latents, LPIPS and no held-out images make it superfluous."""
+    loss = config.gan.loss
+    perceptual = loss.perceptual_weight > 0 and loss.perceptual == "encoder"
+    if config.loader.source == "online" or perceptual or held_out_source(config):
+        return LatentEncoder(config.stage_1.params, config.cache.precision, device)
+    return None
+
+
+def build_feed(
+    config: Config, plan: BatchPlan, ranks: Ranks, device: torch.device, encoder: LatentEncoder | None
+) -> CachedFeed | OnlineFeed:
+    """The stream of latents and pixels that `loader.source` names.
+
+    Raises:
+        UserError: the store does not fit the config or has no pixels, or the images cannot be used.
+    """
+    geometry = resolve_geometry(config)
+    shared = {
+        "batch_size": plan.micro_batch,
+        "images_per_step": plan.global_batch,
+        "seed": config.training.global_seed,
+        "ranks": ranks,
+        "device": device,
+    }
+    if config.loader.source == "online":
+        assert encoder is not None
+        index = build_index(config.data)
+        return OnlineFeed(index, encoder, config, image_size=geometry.image_size, **shared)
+    store = open_store(cache_path(config))
+    check_store(store, geometry, encoder)
+    return CachedFeed(store, config, **shared)
+
+
+def check_store(store: LatentStore, geometry: Geometry, encoder: LatentEncoder | None) -> None:
+    """Refuse a store of another encoder, latent size or image size.
+
+    Raises:
+        UserError: naming the attribute and both values.
+    """
+    expected: dict[str, object] = {"latent_shape": list(geometry.latent_shape), "image_size": geometry.image_size}
+    if encoder is not None:
+        # Weights are known by their hash, wherever they lie.
+        identity = encoder.identity()
+        expected |= {f"encoder.{key}": identity[key] for key in identity if key not in ("name", "revision")}
+    check_compatible(store, expected)
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def build_players(
+    config: Config,
+    plan: BatchPlan,
+    ranks: Ranks,
+    device: torch.device,
+    encoder: LatentEncoder | None,
+    *,
+    steps_per_epoch: int,
+    total_steps: int,
+) -> Players:
+    """Decoder, discriminator, losses and held-out images of a config.
+
+    Raises:
+        UserError: weights that a part needs cannot be found, or sizes do not fit.
+    """
+    rae = build_trainable(config, device)
+    assert rae.decoder is not None
+    loss, training = config.gan.loss, config.training
+    perceptual = build_perceptual(loss, encoder)
+    held_out = None
+    if encoder is not None:
+        lpips = perceptual if isinstance(perceptual, Lpips) else None
+        held_out = prepare_held_out(config, encoder, resolve_geometry(config).image_size, ranks, lpips)
+    schedule = build_schedule(
+        training.scheduler, lr=training.optimizer.lr, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+    )
+    generator = Engine(
+        rae.decoder,
+        optimizer=training.optimizer,
+        lr=schedule,
+        ranks=ranks,
+        device=device,
+        runtime=config.runtime,
+        deepspeed=config.deepspeed,
+        accumulation=plan.accumulation,
+        micro_batch=plan.micro_batch,
+        clip_grad=training.clip_grad,
+        ema_decays=ema_decays(training),
+    )
+    backbone, discriminator = None, None
+    if loss.disc_weight > 0:
+        backbone = build_backbone(config.gan.disc.arch, seed=training.global_seed).to(device)
+        discriminator = _discriminator_engine(config, backbone, plan, ranks, device, steps_per_epoch, total_steps)
+    augment = config.gan.disc.augment
+    objective = DecoderObjective(
+        loss,
+        rae.patches_to_pixels,
+        None if perceptual is None else perceptual.to(device),
+        backbone,
+        DiffAugment(augment.prob, augment.cutout),
+        generator.autocast,
+        mean_over_ranks(ranks),
+    )
+    tau = config.stage_1.params.noise_tau
+    update = DecoderStep(generator, discriminator, objective, tau=tau, seed=training.global_seed)
+    engines = {"model": generator} | ({} if discriminator is None else {"disc": discriminator})
+    return Players(engines, generator, update, rae.patches_to_pixels, held_out)
+
+
+def build_trainable(config: Config, device: torch.device) -> RAE:
+    """The decoder with seeded or given weights, every parameter trainable, its position table included as in the
+    reference; latents come to it before normalization.
+    """
+    stage_1 = replace(config.stage_1, params=replace(config.stage_1.params, normalization_stat_path=None))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.global_seed)
+        rae = build_rae(stage_1, need_encoder=False)
+    assert rae.decoder is not None
+    rae.decoder.requires_grad_(True)
+    rae.decoder.activation_checkpointing = config.runtime.activation_checkpointing
+    return rae.to(device)
+
+
+def build_perceptual(loss: GanLoss, encoder: LatentEncoder | None) -> nn.Module | None:
+    """LPIPS, the distance in the frozen encoder's features, or None at weight zero.
+
+    Raises:
+        UserError: LPIPS is asked for and its VGG16 weights are not here.
+    """
+    if loss.perceptual_weight <= 0:
+        return None
+    if loss.perceptual == "lpips":
+        return load_lpips(loss.lpips_weights)
+    assert encoder is not None
+    return EncoderPerceptual(encoder_features(encoder.encoder))
+
+
+def _discriminator_engine(
+    config: Config,
+    backbone: DinoBackbone,
+    plan: BatchPlan,
+    ranks: Ranks,
+    device: torch.device,
+    steps_per_epoch: int,
+    total_steps: int,
+) -> Engine:
+    disc = config.gan.disc
+    first = first_update(config.gan.loss, steps_per_epoch)
+    schedule = build_schedule(
+        disc_scheduler(disc.scheduler, first, steps_per_epoch),
+        lr=disc.optimizer.lr,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=max(1, total_steps - first),
+    )
+    updates = config.gan.loss.disc_updates
+    return Engine(
+        build_heads(disc.arch, backbone, seed=config.training.global_seed),
+        optimizer=disc.optimizer,
+        lr=lambda step: schedule(step // updates),
+        ranks=ranks,
+        device=device,
+        # Compilation would gain nothing on a few convolutions along the token axis.
+        runtime=replace(config.runtime, compile=False),
+        deepspeed=DISCRIMINATOR_DEEPSPEED,
+        accumulation=plan.accumulation,
+        micro_batch=plan.micro_batch,
+        clip_grad=config.training.clip_grad,
+    )
+
+
+def first_update(loss: GanLoss, steps_per_epoch: int) -> int:
+    """The step of the discriminator's first update."""
+    start = loss.disc_start if loss.disc_upd_start is None else loss.disc_upd_start
+    return int(np.ceil(start * steps_per_epoch))
+
+
+def disc_scheduler(scheduler: Scheduler, first: int, steps_per_epoch: int) -> Scheduler:
+    """The discriminator's schedule, counted in its own steps: it warms up when it starts, and reaches `final_lr` when
+    the config says.
+
+    The reference counts its own steps without moving the end, and so ends far above `final_lr`.
+    """
+    end = scheduler.decay_end_steps
+    if end is None and scheduler.decay_end_epoch is not None:
+        end = int(scheduler.decay_end_epoch * steps_per_epoch)
+    if end is None:
+        return scheduler
+    if end <= first:
+        raise UserError(
+            f"gan.disc.scheduler ends at step {end}, but the discriminator starts at step {first}",
+            "an end after its start",
+            "check decay_end_epoch, and disc_upd_start in gan.loss",
+        )
+    warmup = scheduler.warmup_steps
+    if warmup is None:
+        warmup = int((scheduler.warmup_epochs or 0) * steps_per_epoch)
+    return replace(scheduler, decay_end_steps=max(end - first, warmup), warmup_steps=warmup)
+
+
+def mean_over_ranks(ranks: Ranks) -> Callable[[Tensor], Tensor]:
+    """Averages a tensor over all ranks."""
+
+    def mean(tensor: Tensor) -> Tensor:
+        if ranks.world > 1:
+            dist.all_reduce(tensor)
+            tensor /= ranks.world
+        return tensor
+
+    return mean
