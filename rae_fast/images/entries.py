@@ -165,10 +165,21 @@ class Entries:
         self._labels.append(label)
         self._sizes.append(size)
 
+    def sizes(self) -> np.ndarray:
+        """Sizes so far, int64 [N]."""
+        return np.array(self._sizes, np.int64)
+
     def finish(
-        self, class_names: Sequence[str], reader: Reader, *, kind: str, source: str, extra: bytes = b""
+        self,
+        class_names: Sequence[str],
+        reader: Reader,
+        *,
+        kind: str,
+        source: str,
+        extra: bytes = b"",
+        labels: Sequence[int] | np.ndarray | None = None,
     ) -> ImageIndex:
-        """The index of what was added.
+        """The index of what was added; `labels` in place of those given one by one, where they are known at the end.
 
         Raises:
             UserError: nothing was added.
@@ -179,8 +190,8 @@ class Entries:
             )
         return ImageIndex(
             PathTable(np.frombuffer(bytes(self._blob), np.uint8), np.array(self._offsets, np.int64)),
-            np.array(self._labels, np.int64),
-            np.array(self._sizes, np.int64),
+            np.array(self._labels if labels is None else labels, np.int64),
+            self.sizes(),
             class_names,
             reader,
             kind=kind,

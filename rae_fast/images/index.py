@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from rae_fast.errors import UserError, nearest
 from rae_fast.images.entries import ImageIndex, PathTable, ReadError
-from rae_fast.images.folders import IMAGENET_EXTENSIONS, index_class_folders, index_folder, index_list
+from rae_fast.images.folders import EXTENSIONS, index_class_folders, index_folder, index_list
+from rae_fast.images.parquet import index_parquet
+from rae_fast.images.tars import index_tars
 
 if TYPE_CHECKING:
     from rae_fast.config import Data
@@ -37,17 +39,31 @@ def build_index(data: Data) -> ImageIndex:
         index = index_class_folders(path, source)
     elif kind == "folder":
         index = index_folder(path, source)
+    elif kind == "webdataset":
+        index = index_tars(source)
+    elif kind == "parquet":
+        index = index_parquet(source)
     else:
         index = index_list(path, source)
     return index if data.limit is None else index.first(data.limit)
 
 
 def _kind_of(path: Path, source: str) -> str:
-    if path.suffix in LIST_SUFFIXES:
+    """What a source must be, by its name, or by what lies in it."""
+    if path.suffix in LIST_SUFFIXES and not path.is_dir():
         return "list"
-    if not path.is_dir():
+    if path.suffix == ".tar":
+        return "webdataset"
+    if path.suffix == ".parquet":
+        return "parquet"
+    if not path.exists():
         raise UserError(f"data.source {source} does not exist", "a folder, a list, tars or parquet files")
-    inside = list(path.iterdir())
-    if any(entry.suffix.lower() in IMAGENET_EXTENSIONS for entry in inside):
-        return "folder"
-    return "imagefolder"
+    if not path.is_dir():
+        raise UserError(f"data.source {source} is of no known kind", "a folder, a list, tars or parquet files")
+    suffixes = {entry.suffix.lower() for entry in path.iterdir()}
+    if suffixes & {".tar"}:
+        return "webdataset"
+    # Datasets from the hub keep their parquet files in `data` or in a folder of the configuration's name.
+    if suffixes & {".parquet"} or any(path.glob("*/*.parquet")):
+        return "parquet"
+    return "folder" if suffixes & set(EXTENSIONS) else "imagefolder"

@@ -84,7 +84,8 @@ def _compile(compiler: list[str], path: Path) -> None:
         except FileNotFoundError as error:
             raise NativeUnavailableError(f"no C compiler ({compiler[0]}); install gcc or set CC") from error
         except subprocess.CalledProcessError as error:
-            raise NativeUnavailableError(f"{compiler[0]} failed: {error.stderr.strip().splitlines()[-1:]}") from error
+            complaint = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr[-200:])
+            raise NativeUnavailableError(f"{compiler[0]} failed: {complaint.strip()}") from error
         except subprocess.TimeoutExpired as error:
             raise NativeUnavailableError(f"{compiler[0]} took more than {COMPILE_TIMEOUT_S} s") from error
         with atomic_write(path) as file:
