@@ -35,17 +35,17 @@ LEGACY_TRAINING = {
 }
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and dotted `key=value` overrides into a `Config`.
+def load_config(path: str | Path | Mapping[str, Any] | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, or its content as a mapping, and dotted `key=value` overrides into a `Config`.
 
     Raises:
         UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type or is not one of
             the choices.
     """
-    raw = _modernize(_read_yaml(path) if path else {})
+    raw = _modernize(dict(path) if isinstance(path, Mapping) else _read_yaml(path) if path else {})
     for override in overrides:
         raw = _plain(OmegaConf.merge(raw, _modernize(_parse_override(override))))
-    origin = str(path) if path else "command line"
+    origin = "a stored config" if isinstance(path, Mapping) else str(path) if path else "command line"
     _check_keys(raw, Config, "", origin)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), raw))

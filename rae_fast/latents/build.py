@@ -32,6 +32,7 @@ class Build:
         attrs: the store's attributes.
         job: how rows are encoded.
         failures: images that this rank could not decode in the pass in hand.
+        only: names of the planes to write, for a repair; None for all.
     """
 
     ranks: Ranks
@@ -39,13 +40,15 @@ class Build:
     attrs: dict[str, Any]
     job: EncodeJob
     failures: int = 0
+    only: frozenset[str] | None = None
     _scales: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def planes(self) -> dict[str, Plane]:
         """The arrays that are written row by row."""
         attrs = self.attrs
-        return planes_of(attrs["latent_shape"], attrs["views"], attrs["codec"], attrs["pixels"])
+        planes = planes_of(attrs["latent_shape"], attrs["views"], attrs["codec"], attrs["pixels"])
+        return {name: plane for name, plane in planes.items() if self.only is None or name in self.only}
 
     @property
     def codec(self) -> Codec:

@@ -10,6 +10,7 @@ Shapes: N images, C, H, W of a latent, S side of the pixels.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -104,6 +105,11 @@ def shard_rows(shard: int, shard_size: int, n: int) -> range:
 def shard_count(n: int, shard_size: int) -> int:
     """How many shards N rows make."""
     return -(-n // shard_size)
+
+
+def is_head(key: str) -> bool:
+    """Whether a file is one of the small ones that the backup holds too: all but shards and scales."""
+    return re.match(rf"(latents/[^/]+|scale/[^/]+|{PIXELS})/c/", key) is None
 
 
 def array_metadata(

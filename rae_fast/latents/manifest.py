@@ -14,7 +14,8 @@ import tarfile
 from collections.abc import Mapping
 from typing import Any
 
-from rae_fast.latents.layout import BACKUP, FORMAT, FORMAT_VERSION, MANIFEST, canonical_json
+from rae_fast.latents.checksum import crc32c
+from rae_fast.latents.layout import BACKUP, FORMAT, FORMAT_VERSION, MANIFEST, canonical_json, is_head
 from rae_fast.latents.storage import Storage
 
 Checks = dict[str, tuple[int, int]]  # key -> (size in bytes, CRC-32C)
@@ -65,6 +66,51 @@ def backup_bytes(head: Mapping[str, bytes]) -> bytes:
             entry.size = len(head[key])
             tar.addfile(entry, io.BytesIO(head[key]))
     return buffer.getvalue()
+
+
+class HeadOverlay:
+    """A storage whose small files are known from elsewhere; all else comes from the storage itself."""
+
+    def __init__(self, storage: Storage, head: Mapping[str, bytes]) -> None:
+        self._storage, self._head = storage, head
+
+    def read(self, key: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Bytes of a file, or of a range of it."""
+        if key not in self._head:
+            return self._storage.read(key, offset, size)
+        return self._head[key][offset:][:size]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+
+def intact_head(storage: Storage, checks: Checks) -> dict[str, bytes]:
+    """The small files as they were written, by key, each from its place or else from the backup.
+
+    Raises:
+        DamagedError: one of them is damaged in both.
+    """
+    head: dict[str, bytes] = {}
+    backup: dict[str, bytes] | None = None
+    for key in filter(is_head, checks):
+        try:
+            data = storage.read(key)
+        except FileNotFoundError:
+            data = b""
+        if (len(data), crc32c(data)) != checks[key]:
+            backup = _backup_or_nothing(storage) if backup is None else backup
+            data = backup.get(key, b"")
+            if (len(data), crc32c(data)) != checks[key]:
+                raise DamagedError(f"{key} is damaged, and so is its copy in {BACKUP}")
+        head[key] = data
+    return head
+
+
+def _backup_or_nothing(storage: Storage) -> dict[str, bytes]:
+    try:
+        return read_backup(storage)
+    except DamagedError:
+        return {}
 
 
 def read_backup(storage: Storage) -> dict[str, bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from rae_fast.config import Config
+from rae_fast.config_file import load_config
 from rae_fast.errors import UserError
 from rae_fast.geometry import resolve_geometry
 from rae_fast.images.entries import ImageIndex
 from rae_fast.latents.encode import LatentEncoder
 from rae_fast.latents.layout import FORMAT, FORMAT_VERSION
+from rae_fast.latents.store import LatentStore, check_compatible
 from rae_fast.provenance import sha256_file, versions
 
 COMPUTED, GIVEN, NONE = "computed", "given", "none"
@@ -120,9 +122,27 @@ def recipe(config: Config) -> dict[str, Any]:
 
 
 def identity(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes that a config and a store must agree on; weights are known by their hash, wherever they lie."""
-    encoder = {f"encoder.{key}": value for key, value in attrs["encoder"].items() if key not in ("name", "revision")}
-    return {**encoder, **{name: attrs[name] for name in IDENTITY}}
+    """The attributes that a config and a store must agree on."""
+    return {**encoder_identity(attrs["encoder"]), **{name: attrs[name] for name in IDENTITY}}
+
+
+def encoder_identity(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """What an encoder is known by: its weights by their hash, wherever they lie."""
+    return {f"encoder.{key}": value for key, value in encoder.items() if key not in ("name", "revision")}
+
+
+def check_encoder(store: LatentStore, encoder: LatentEncoder) -> None:
+    """Raises UserError unless this encoder made the store."""
+    check_compatible(store, encoder_identity(encoder.identity()), "name the encoder that made it in stage_1.params")
+
+
+def config_of(attrs: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The config that a store was built with, as far as its bytes depend on it, and `key=value` overrides.
+
+    Raises:
+        UserError: an override that does not fit.
+    """
+    return load_config(attrs["config"], overrides)
 
 
 def positions_by_path(stored: np.ndarray | Any, index: ImageIndex, where: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from rae_fast.latents.build import POLL_S, Build
@@ -15,9 +16,8 @@ from rae_fast.latents.checksum import crc32c
 from rae_fast.latents.codecs import CodecError
 from rae_fast.latents.encode import RawBatch
 from rae_fast.latents.layout import PIXELS
-from rae_fast.latents.records import Failure, ShardRecord, write_record
+from rae_fast.latents.records import Failure, ShardRecord
 from rae_fast.latents.shard import ShardFile, write_shard
-from rae_fast.latents.survey import raw_key
 
 WRITE_AHEAD = 3  # encoded batches that may wait for the disk
 
@@ -26,10 +26,14 @@ class ShardSink:
     """Writes batches in a thread, so that encoding never waits for the disk unless the disk is the slower of the two.
 
     Leaving the block without an exception waits for the last shard; with one, the shard in hand is dropped.
+
+    Args:
+        build: whose shards these are.
+        finished: called with the record of each shard whose files are in place.
     """
 
-    def __init__(self, build: Build) -> None:
-        self.build = build
+    def __init__(self, build: Build, finished: Callable[[ShardRecord], None]) -> None:
+        self.build, self._finished = build, finished
         self._queue: queue.Queue[RawBatch | None] = queue.Queue(WRITE_AHEAD)
         self._failed: list[BaseException] = []
         self._dropping = False
@@ -95,7 +99,7 @@ class ShardSink:
                 batch = self._queue.get()
                 if batch is None or self._dropping:
                     raise _Dropped
-        commit(build, record, files, error)
+        self._finished(complete_record(build, record, files, error))
 
 
 class _Dropped(Exception):
@@ -122,8 +126,8 @@ def write_batch(
     record.failures += [Failure(*failure) for failure in batch.failures]
 
 
-def commit(build: Build, record: ShardRecord, files: dict[str, ShardFile], error: CodecError) -> None:
-    """Write a shard's record, now that its files are in place, and drop what waited un-normalized."""
+def complete_record(build: Build, record: ShardRecord, files: dict[str, ShardFile], error: CodecError) -> ShardRecord:
+    """The record of a shard whose files are in place."""
     for name, file in files.items():
         plane = build.planes[name]
         record.files[plane.shard_key(record.shard)] = (file.size, file.crc)
@@ -132,6 +136,4 @@ def commit(build: Build, record: ShardRecord, files: dict[str, ShardFile], error
             data = build.storage.read(plane.scale_key(record.shard))
             record.files[plane.scale_key(record.shard)] = (len(data), crc32c(data))
     record.codec_error = error.sums()
-    write_record(build.storage, record)
-    for name in build.planes:
-        build.storage.delete(raw_key(name, record.shard))
+    return record

@@ -32,7 +32,7 @@ from rae_fast.latents.layout import MANIFEST, WORK
 from rae_fast.latents.lock import builder_lock
 from rae_fast.latents.normalization import MEAN, load_statistics, write_statistics
 from rae_fast.latents.plan import COMPUTED, GIVEN, cache_path, describe, identity, positions_by_path, statistics_path
-from rae_fast.latents.records import committed_shards, read_record
+from rae_fast.latents.records import ShardRecord, committed_shards, read_record, write_record
 from rae_fast.latents.sink import ShardSink
 from rae_fast.latents.storage import TEMPORARY, Storage, open_storage
 from rae_fast.latents.store import check_compatible, create_store, open_store, read_attributes
@@ -211,7 +211,13 @@ def _write(build: Build) -> None:
         encode_units(build.job, [unit for unit in mine if unit.shard not in staged]),
     )
     progress = build.progress("latents", units, missing)
-    with ShardSink(build) as sink:
+
+    def commit(record: ShardRecord) -> None:
+        write_record(build.storage, record)
+        for name in build.planes:
+            build.storage.delete(first_pass.raw_key(name, record.shard))
+
+    with ShardSink(build, commit) as sink:
         for batch in batches:
             sink.put(batch)
             build.advance(progress, batch)
