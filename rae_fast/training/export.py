@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def export_weights(folder: Path, engine: Engine, *, step: int, epoch: int, relea
     save_weights(folder / released, ema)
     save_content(folder / "checkpoint.pt", {"step": step, "epoch": epoch, "model": model, "ema": ema})
     for label, weights in averages.items():
-        facts = {"step": str(step), "epoch": str(epoch), "ema_decay": label}
-        save_safetensors(folder / f"ema-{label}.safetensors", weights, facts)
+        # One entry: safetensors writes several in an order of its own, and equal weights must make equal bytes.
+        facts = json.dumps({"step": step, "epoch": epoch, "ema_decay": label})
+        save_safetensors(folder / f"ema-{label}.safetensors", weights, {"rae_fast": facts})
 
 
 def checkpoint_weights(path: str | Path, *, engine: str = "model", ema: str | None = None) -> dict[str, Tensor]:
