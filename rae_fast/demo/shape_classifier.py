@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from itertools import pairwise
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ BATCH = 64
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.02
 SHIFT_FRACTION = 1 / 16
-PATIENCE_EPOCHS = 3
+PATIENCE_EPOCHS, PATIENCE_STEPS = 3, 100
 GOAL_ACCURACY = 0.995
 
 
@@ -40,9 +41,7 @@ class ShapeClassifier(nn.Module):
         channels = (1, width, 2 * width, 4 * width, 4 * width)
         layers: list[nn.Module] = []
         for before, after in pairwise(channels):
-            layers += [
-                nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
-            ]  # fmt: skip
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.head = nn.Sequential(
             nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.1), nn.Linear(16 * channels[-1], classes)
@@ -67,12 +66,13 @@ def train_classifier(
     *,
     classes: int | None = None,
     seed: int = 0,
-    max_epochs: int = 40,
+    max_epochs: int = 200,
     max_seconds: float = 30.0,
 ) -> ShapeClassifier:
     """Train on real images; an eighth of them is set aside to decide when to stop and which epoch to keep.
 
-    Stops at 99.5 % on that eighth, after three epochs without a gain, after `max_epochs` or `max_seconds`.
+    Stops at 99.5 % on that eighth, after three epochs and a hundred steps without a gain, after `max_epochs` or
+    `max_seconds`.
 
     Args:
         images_u8: uint8 [N, 3, S, S].
@@ -109,6 +109,7 @@ def _fit(
     order = torch.randperm(len(labels), generator=generator).to(labels.device)
     aside, train = order[: max(1, len(order) // 8)], order[max(1, len(order) // 8) :]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    patience = max(PATIENCE_EPOCHS, ceil(PATIENCE_STEPS * BATCH / len(train)))
     start_s, best, best_state, since = time.monotonic(), -1.0, {}, 0
     for _ in range(max_epochs):
         _train_epoch(model, optimizer, gray_N1SS, labels, train, generator)
@@ -117,7 +118,7 @@ def _fit(
         if accuracy > best:
             best, since = accuracy, 0
             best_state = {name: value.clone() for name, value in model.state_dict().items()}
-        if best >= GOAL_ACCURACY or since >= PATIENCE_EPOCHS or time.monotonic() - start_s > max_seconds:
+        if best >= GOAL_ACCURACY or since >= patience or time.monotonic() - start_s > max_seconds:
             break
     model.load_state_dict(best_state)
 

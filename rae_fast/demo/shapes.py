@@ -248,11 +248,15 @@ def _shape_mask(rng: np.random.Generator, width: int, height: int, outline: list
     scale = min(width, height) * SUPERSAMPLING
     middle = np.array([width, height]) * SUPERSAMPLING / 2
     mask = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING), 0)
+    _fill_outline(mask, [points @ turn.T * radius + center for points in outline], scale, middle)
+    return np.asarray(mask.reduce(SUPERSAMPLING), dtype=np.float32) / 255
+
+
+def _fill_outline(mask: Image.Image, outline: list[np.ndarray], scale: float, middle: np.ndarray) -> None:
+    """Paint the first polygon (points [P, 2]) white and the second, the hole, black."""
     pencil = ImageDraw.Draw(mask)
     for fill, points in zip((255, 0), outline, strict=False):
-        corners = (points @ turn.T * radius + center) * scale + middle
-        pencil.polygon([tuple(corner) for corner in corners], fill=fill)
-    return np.asarray(mask.reduce(SUPERSAMPLING), dtype=np.float32) / 255
+        pencil.polygon([tuple(corner) for corner in points * scale + middle], fill=fill)
 
 
 def _polygon(corners: int, radius: float = 1.0) -> np.ndarray:
