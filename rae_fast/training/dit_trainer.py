@@ -45,7 +45,7 @@ from rae_fast.training.dit_setup import (
 from rae_fast.training.engine import RECORD, Engine
 from rae_fast.training.export import export_weights
 from rae_fast.training.memory import advise, plan_memory
-from rae_fast.training.monitor import Monitor
+from rae_fast.training.monitor import Monitor, peak_flops
 from rae_fast.training.previews import Previews, decoder_of, has_decoder
 from rae_fast.training.run_folder import StopSignals, describe_run, plain, run_folder, share_threads, sole_run
 from rae_fast.training.schedule import build_schedule
@@ -181,11 +181,16 @@ class DiTRun:
             log_interval=self.config.training.log_interval,
             start_step=self.engine.steps,
             max_nonfinite=self.config.training.max_nonfinite,
-            flops_per_image=training_flops(self.model, self.geometry) if self.device.type == "cuda" else None,
+            flops_per_image=self._flops_per_image(),
             device=self.device,
             label="DiT",
             sink=open_sink(self.config.logging, self.folder, self.ranks, plain(asdict(self.config))),
         )
+
+    def _flops_per_image(self) -> float | None:
+        """For MFU, where rank 0 has a device whose peak throughput is known."""
+        known = self.ranks.is_main and peak_flops(self.device) is not None
+        return training_flops(self.config, self.geometry) if known else None
 
     def _build_previews(self, store: LatentStore) -> Previews | None:
         if not self.config.training.sample_every:
