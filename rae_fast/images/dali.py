@@ -58,7 +58,7 @@ class DaliDecoder:
         self._pipeline.schedule_run()
 
     def result(self, cuda_stream: Any = None) -> list[Any]:
-        """Images of the batch submitted last, uint8 [H, W, 3]: numpy views of DALI's memory, or DALI's GPU tensors.
+        """Images of the batch submitted last, uint8 [H, W, 3]: DALI's own tensors, to be taken over by DLPack.
 
         Raises:
             RuntimeError: one of them could not be decoded, none is given, and the pipeline has been built anew.
@@ -69,6 +69,4 @@ class DaliDecoder:
             self.rebuilds += 1
             self._pipeline = self._build()
             raise
-        if self._device_id is not None:
-            return [images[i] for i in range(len(images))]
-        return [np.from_dlpack(images[i]) for i in range(len(images))]
+        return [images[i] for i in range(len(images))]

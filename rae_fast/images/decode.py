@@ -220,12 +220,12 @@ class _Stages:
             task.result()
         if self._random_crop and job.draws_B2 is None:
             job.draws_B2 = self._random_crop.draws(job.positions_B)
-        for row, image_HW3 in zip(part.rows, images, strict=True):
+        for row, image in zip(part.rows, images, strict=True):
             job.encoded[row] = None
             if self._of._crops_on_device:
-                self._crop_on_device(job, row, image_HW3)
+                self._crop_on_device(job, row, image)
             else:
-                job.tasks.append(pool.submit(self._crop, job, row, image_HW3))
+                job.tasks.append(pool.submit(self._crop, job, row, np.from_dlpack(image)))
         if part.last:
             left = [(row, data) for row, data in enumerate(job.encoded) if data is not None]
             job.tasks += [pool.submit(self._crop_with_pil, job, row, data) for row, data in left]
@@ -256,8 +256,7 @@ class _Stages:
     def _crop_on_device(self, job: Job, row: int, image: Any) -> None:
         """Crop DALI's image on the pipeline's device, in the stream that DALI hands it over in."""
         with self._in_stream():
-            on_host = isinstance(image, np.ndarray)
-            image_HW3 = torch.from_numpy(image).to(self._of.device) if on_host else torch.from_dlpack(image)
+            image_HW3 = torch.from_dlpack(image).to(self._of.device)
             if plan := self._plan(job, row, *image_HW3.shape[:2]):
                 job.crops_on_device.append((row, crop_exact(image_HW3, plan)))
 

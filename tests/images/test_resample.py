@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,8 @@ from PIL import Image
 
 from rae_fast.images import resample
 from rae_fast.images.crop import center_plan, crop_pil
+
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler here")
 
 
 @pytest.fixture
@@ -34,6 +38,7 @@ def by_cpu(image_HW3: np.ndarray, size: int) -> np.ndarray:
     return out_3SS
 
 
+@needs_compiler
 def test_compiled_code_is_kept_for_the_next_process(
     unloaded: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,12 +60,14 @@ def test_without_a_compiler_pil_makes_the_same_bytes_and_says_so_once(
     assert np.array_equal(second, first)
 
 
+@needs_compiler
 def test_a_compiler_that_fails_is_quoted(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resample, "FLAGS", (*resample.FLAGS, "-fno-such-flag"))
     with pytest.raises(resample.NativeUnavailableError, match="no-such-flag"):
         resample.load_native()
 
 
+@needs_compiler
 def test_code_that_gives_wrong_bytes_is_refused(
     unloaded: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -69,6 +76,11 @@ def test_code_that_gives_wrong_bytes_is_refused(
     monkeypatch.setattr(resample, "SOURCE", wrong)
     with pytest.raises(resample.NativeUnavailableError, match="wrong bytes"):
         resample.load_native()
+
+
+@needs_compiler
+def test_where_there_is_a_compiler_the_native_loops_are_what_runs() -> None:
+    assert resample.native_or_none() is not None
 
 
 def test_threads_do_not_disturb_each_other(photo: Callable) -> None:
