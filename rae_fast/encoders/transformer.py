@@ -124,6 +124,12 @@ def load_transformer(model_class: Any, folder: Path, options: EncoderOptions, **
     from safetensors import SafetensorError
 
     try:
+        settings: dict[str, Any] = {}
+        if overrides:
+            # As keywords of `from_pretrained`, entries that this version's configuration lacks would be refused.
+            settings["config"] = model_class.config_class.from_pretrained(folder)
+            for name, value in overrides.items():
+                setattr(settings["config"], name, value)
         with _quiet():
             model, report = model_class.from_pretrained(
                 folder,
@@ -131,7 +137,7 @@ def load_transformer(model_class: Any, folder: Path, options: EncoderOptions, **
                 attn_implementation=options.attention,
                 local_files_only=True,
                 output_loading_info=True,
-                **overrides,
+                **settings,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
