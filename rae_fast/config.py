@@ -315,7 +315,7 @@ class Loader:
     block_size: int = 4096  # samples per block of the block shuffle
     flip: bool = True  # draw the hflip view half of the time, if the store has it
     prefetch: int = 4  # batches kept ready
-    reader: str = "auto"  # auto, native, tensorstore, zarr
+    reader: str = "auto"  # auto, native, buffered, object, tensorstore, zarr
     verify: bool = True  # check each sample's checksum
     classes: list[int] | None = None  # only these classes
     balanced: bool = False  # every class equally often
@@ -386,7 +386,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cache.precision": ("fp32", "tf32", "bf16", "fp16"),
     "loader.source": ("cached", "online"),
     "loader.shuffle": ("global", "block", "none"),
-    "loader.reader": ("auto", "native", "tensorstore", "zarr"),
+    "loader.reader": ("auto", "native", "buffered", "object", "tensorstore", "zarr"),
     "runtime.device": ("auto", "cpu", "cuda", "xla"),
     "runtime.precision": ("fp32", "tf32", "bf16"),
     "runtime.engine": ("deepspeed", "ddp"),

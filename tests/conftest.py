@@ -90,6 +90,26 @@ def pristine_store(cache_config: Callable[..., Config], tmp_path_factory: pytest
     return path
 
 
+@pytest.fixture(scope="session")
+def balanced_store(cache_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of int8 with scales; read only."""
+    from rae_fast.latents.writer import build_cache
+
+    path = tmp_path_factory.mktemp("balanced") / "store"
+    build_cache(cache_config(path, "cache.codec=balanced"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def compact_store(cache_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of int8 in zstd frames; read only."""
+    from rae_fast.latents.writer import build_cache
+
+    path = tmp_path_factory.mktemp("compact") / "store"
+    build_cache(cache_config(path, "cache.codec=compact"))
+    return path
+
+
 @pytest.fixture
 def store_copy(pristine_store: Path, tmp_path: Path) -> Path:
     """A copy of the pristine store that a test may damage."""

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rae_fast.config import Config
 from rae_fast.errors import UserError
 from rae_fast.latents.layout import is_head
 from rae_fast.latents.manifest import backup_bytes, intact_head, manifest_bytes
@@ -17,7 +16,6 @@ from rae_fast.latents.plan import config_of
 from rae_fast.latents.repair import repair
 from rae_fast.latents.store import open_store
 from rae_fast.latents.verify import open_intact_url, verify
-from rae_fast.latents.writer import build_cache
 
 Files = Callable[[Path], dict[str, Any]]
 
@@ -30,13 +28,6 @@ def flip_bit(file: Path, at: int, bit: int = 3) -> None:
 
 def mend(store: Path) -> Any:
     return repair(str(store), config_of(open_intact_url(str(store)).attrs))
-
-
-@pytest.fixture(scope="module")
-def balanced_store(cache_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("balanced") / "store"
-    build_cache(cache_config(path, "cache.codec=balanced"))
-    return path
 
 
 def test_untouched_store_is_whole(pristine_store: Path) -> None:

@@ -1,0 +1,265 @@
+/* Rows of shards into one buffer, each checked against its CRC-32C; called through ctypes, so without the GIL.
+
+   A row is a range of a file, optionally followed by a second range (its scales) that its checksum covers too. Three ways
+   to get at the bytes: MAPPED copies from memory maps, BUFFERED reads through the page cache, DIRECT reads past it. */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#if defined(__x86_64__)
+#include <nmmintrin.h>
+#elif defined(__ARM_FEATURE_CRC32)
+#include <arm_acle.h>
+#endif
+
+enum { MAPPED = 0, BUFFERED = 1, DIRECT = 2 };
+enum { CHECKSUM = -1, CUT_SHORT = -2, NO_MEMORY = -3 }; /* problems that are no errno */
+
+#define PAGE 4096
+#define MAX_THREADS 64
+#define POLYNOMIAL 0x82f63b78u /* Castagnoli, reflected */
+#define LANE 2048              /* bytes of each of three interleaved streams: hides the instruction's latency */
+#define COPY_BLOCK (3 * LANE * 4)
+
+/* --- CRC-32C ------------------------------------------------------------------------------------------------------ */
+
+static uint32_t byte_table[256];
+static uint32_t lane_table[4][256], two_lanes_table[4][256]; /* advance a checksum over LANE and 2 LANE zero bytes */
+static pthread_once_t tables_once = PTHREAD_ONCE_INIT;
+
+static uint32_t apply(const uint32_t *matrix, uint32_t vector) {
+    uint32_t sum = 0;
+    for (; vector; vector >>= 1, matrix++)
+        if (vector & 1) sum ^= *matrix;
+    return sum;
+}
+
+static void advance_table(uint32_t table[4][256], size_t zeros) {
+    uint32_t step[32], whole[32], squared[32];
+    for (int bit = 0; bit < 32; bit++) { /* one zero byte */
+        uint32_t crc = 1u << bit;
+        for (int i = 0; i < 8; i++) crc = (crc >> 1) ^ (crc & 1 ? POLYNOMIAL : 0);
+        step[bit] = crc;
+        whole[bit] = 1u << bit;
+    }
+    for (; zeros; zeros >>= 1) {
+        if (zeros & 1)
+            for (int bit = 0; bit < 32; bit++) whole[bit] = apply(step, whole[bit]);
+        for (int bit = 0; bit < 32; bit++) squared[bit] = apply(step, step[bit]);
+        memcpy(step, squared, sizeof step);
+    }
+    for (int byte = 0; byte < 4; byte++)
+        for (uint32_t value = 0; value < 256; value++) table[byte][value] = apply(whole, value << (8 * byte));
+}
+
+static void make_tables(void) {
+    for (uint32_t value = 0; value < 256; value++) {
+        uint32_t crc = value;
+        for (int i = 0; i < 8; i++) crc = (crc >> 1) ^ (crc & 1 ? POLYNOMIAL : 0);
+        byte_table[value] = crc;
+    }
+    advance_table(lane_table, LANE);
+    advance_table(two_lanes_table, 2 * LANE);
+}
+
+static uint32_t advance(uint32_t table[4][256], uint32_t crc) {
+    return table[0][crc & 255] ^ table[1][crc >> 8 & 255] ^ table[2][crc >> 16 & 255] ^ table[3][crc >> 24];
+}
+
+#if defined(__x86_64__)
+#define HARDWARE __attribute__((target("sse4.2")))
+#define CRC_WORD(crc, word) ((uint32_t)_mm_crc32_u64((crc), (word)))
+static int has_hardware(void) { return __builtin_cpu_supports("sse4.2"); }
+#elif defined(__ARM_FEATURE_CRC32)
+#define HARDWARE
+#define CRC_WORD(crc, word) __crc32cd((crc), (word))
+static int has_hardware(void) { return 1; }
+#endif
+
+static uint32_t crc_bytes(uint32_t crc, const uint8_t *data, size_t size) {
+    for (; size; size--) crc = byte_table[(crc ^ *data++) & 255] ^ (crc >> 8);
+    return crc;
+}
+
+#ifdef CRC_WORD
+static uint64_t word_at(const uint8_t *data) {
+    uint64_t word;
+    memcpy(&word, data, 8);
+    return word;
+}
+
+HARDWARE static uint32_t crc_hardware(uint32_t crc, const uint8_t *data, size_t size) {
+    for (; size >= 3 * LANE; data += 3 * LANE, size -= 3 * LANE) {
+        uint32_t second = 0, third = 0;
+        for (size_t i = 0; i < LANE; i += 8) {
+            crc = CRC_WORD(crc, word_at(data + i));
+            second = CRC_WORD(second, word_at(data + LANE + i));
+            third = CRC_WORD(third, word_at(data + 2 * LANE + i));
+        }
+        crc = advance(two_lanes_table, crc) ^ advance(lane_table, second) ^ third;
+    }
+    for (; size >= 8; data += 8, size -= 8) crc = CRC_WORD(crc, word_at(data));
+    return crc_bytes(crc, data, size);
+}
+#endif
+
+static uint32_t crc_extend(uint32_t crc, const uint8_t *data, size_t size) {
+#ifdef CRC_WORD
+    if (has_hardware()) return crc_hardware(crc, data, size);
+#endif
+    return crc_bytes(crc, data, size);
+}
+
+uint32_t rae_crc32c(const uint8_t *data, int64_t size, uint32_t start) {
+    pthread_once(&tables_once, make_tables);
+    return ~crc_extend(~start, data, (size_t)size);
+}
+
+/* --- rows --------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int64_t count;
+    int mode, verify;
+    const int64_t *file, *offset, *size; /* file: address of the map, or descriptor */
+    const uint32_t *crc;
+    uint8_t *out;
+    int64_t stride;
+    const int64_t *scale_file, *scale_offset; /* always descriptors */
+    int64_t scale_bytes;
+    uint8_t *scale_out;
+    atomic_llong next, first_bad;
+    atomic_int problem;
+} Batch;
+
+static int read_all(int file, uint8_t *out, int64_t size, int64_t offset) {
+    while (size > 0) {
+        ssize_t done = pread(file, out, (size_t)size, offset);
+        if (done < 0 && errno == EINTR) continue;
+        if (done < 0) return errno;
+        if (done == 0) return CUT_SHORT;
+        out += done, size -= done, offset += done;
+    }
+    return 0;
+}
+
+/* Past the page cache: whole pages, straight into the buffer where it is aligned, else through `scratch`. */
+static int read_direct(int file, uint8_t *out, int64_t size, int64_t offset, uint8_t **scratch, int64_t *room) {
+    int64_t begin = offset & ~(int64_t)(PAGE - 1), end = (offset + size + PAGE - 1) & ~(int64_t)(PAGE - 1);
+    int straight = begin == offset && end == offset + size && ((uintptr_t)out & (PAGE - 1)) == 0;
+    if (!straight && *room < end - begin) {
+        free(*scratch);
+        *room = 0;
+        if (posix_memalign((void **)scratch, PAGE, (size_t)(end - begin))) {
+            *scratch = NULL;
+            return NO_MEMORY;
+        }
+        *room = end - begin;
+    }
+    uint8_t *target = straight ? out : *scratch;
+    int64_t have = 0;
+    while (have < offset - begin + size) {
+        ssize_t done = pread(file, target + have, (size_t)(end - begin - have), begin + have);
+        if (done < 0 && errno == EINTR) continue;
+        if (done < 0) return errno;
+        if (done == 0) return CUT_SHORT;
+        have += done;
+        if (have & (PAGE - 1) && have < offset - begin + size) return CUT_SHORT; /* a short read ends at the file's end */
+    }
+    if (!straight) memcpy(out, target + (offset - begin), (size_t)size);
+    return 0;
+}
+
+/* Copy and checksum block by block, while the block is in the cache. */
+static uint32_t copy_mapped(const Batch *b, uint8_t *out, const uint8_t *source, int64_t size) {
+    uint32_t crc = ~0u;
+    if (!b->verify) {
+        memcpy(out, source, (size_t)size);
+        return crc;
+    }
+    for (int64_t at = 0; at < size; at += COPY_BLOCK) {
+        size_t block = (size_t)(size - at < COPY_BLOCK ? size - at : COPY_BLOCK);
+        memcpy(out + at, source + at, block);
+        crc = crc_extend(crc, out + at, block);
+    }
+    return crc;
+}
+
+static int fetch(const Batch *b, int64_t i, uint8_t **scratch, int64_t *room) {
+    uint8_t *out = b->out + i * b->stride;
+    uint32_t crc = ~0u;
+    int problem = 0;
+    if (b->mode == MAPPED) {
+        crc = copy_mapped(b, out, (const uint8_t *)(intptr_t)b->file[i] + b->offset[i], b->size[i]);
+    } else if (b->mode == BUFFERED) {
+        problem = read_all((int)b->file[i], out, b->size[i], b->offset[i]);
+    } else {
+        problem = read_direct((int)b->file[i], out, b->size[i], b->offset[i], scratch, room);
+    }
+    if (!problem && b->verify && b->mode != MAPPED) crc = crc_extend(crc, out, (size_t)b->size[i]);
+    if (!problem && b->scale_bytes) {
+        uint8_t *scale = b->scale_out + i * b->scale_bytes;
+        problem = read_all((int)b->scale_file[i], scale, b->scale_bytes, b->scale_offset[i]);
+        if (!problem && b->verify) crc = crc_extend(crc, scale, (size_t)b->scale_bytes);
+    }
+    if (problem) return problem;
+    return b->verify && ~crc != b->crc[i] ? CHECKSUM : 0;
+}
+
+static void *work(void *argument) {
+    Batch *b = argument;
+    uint8_t *scratch = NULL;
+    int64_t room = 0;
+    for (;;) {
+        long long i = atomic_fetch_add(&b->next, 1);
+        if (i >= b->count || atomic_load(&b->first_bad) >= 0) break;
+        int problem = fetch(b, i, &scratch, &room);
+        if (problem) {
+            long long none = -1;
+            if (atomic_compare_exchange_strong(&b->first_bad, &none, i)) atomic_store(&b->problem, problem);
+        }
+    }
+    free(scratch);
+    return NULL;
+}
+
+/* Ask for all ranges before the first is touched: on a cold cache the disk then works on all of them at once. */
+static void announce(const Batch *b) {
+    for (int64_t i = 0; i < b->count; i++) {
+        uintptr_t begin = ((uintptr_t)b->file[i] + (uintptr_t)b->offset[i]) & ~(uintptr_t)(PAGE - 1);
+        uintptr_t end = (uintptr_t)b->file[i] + (uintptr_t)b->offset[i] + (uintptr_t)b->size[i];
+        madvise((void *)begin, end - begin, MADV_WILLNEED);
+    }
+}
+
+/* Returns -1, or the number of a row that could not be served, with the reason in `problem`: an errno, or one of the
+   negative codes above. */
+int64_t rae_gather(
+    int64_t count, int mode, int threads, int verify, int cold, const int64_t *file, const int64_t *offset,
+    const int64_t *size, const uint32_t *crc, uint8_t *out, int64_t stride, const int64_t *scale_file,
+    const int64_t *scale_offset, int64_t scale_bytes, uint8_t *scale_out, int32_t *problem
+) {
+    pthread_once(&tables_once, make_tables);
+    Batch batch = {
+        .count = count, .mode = mode, .verify = verify, .file = file, .offset = offset, .size = size, .crc = crc,
+        .out = out, .stride = stride, .scale_file = scale_file, .scale_offset = scale_offset,
+        .scale_bytes = scale_bytes, .scale_out = scale_out, .next = 0, .first_bad = -1, .problem = 0,
+    };
+    if (mode == MAPPED && cold) announce(&batch);
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads > count) threads = (int)count;
+    pthread_t helpers[MAX_THREADS];
+    int started = 0;
+    while (started < threads - 1 && pthread_create(&helpers[started], NULL, work, &batch) == 0) started++;
+    work(&batch);
+    for (int i = 0; i < started; i++) pthread_join(helpers[i], NULL);
+    *problem = atomic_load(&batch.problem);
+    return atomic_load(&batch.first_bad);
+}
