@@ -46,24 +46,24 @@ class DiffAugment:
 
 def _translated(x_BCHW: Tensor, u_y_B: Tensor, u_x_B: Tensor) -> Tensor:
     """Shift by whole pixels, up to TRANSLATION of the side each way, black beyond the border."""
-    height, width = x_BCHW.shape[-2:]
-    x_BCHW = _shifted_rows(x_BCHW, _shift(u_y_B, height))
-    return _shifted_rows(x_BCHW.transpose(2, 3), _shift(u_x_B, width)).transpose(2, 3)
-
-
-def _shift(u_B: Tensor, side: int) -> Tensor:
-    """Whole pixels in [-d, d] with d = round(TRANSLATION * side), int64 [B]."""
-    largest = round(TRANSLATION * side)
-    return (u_B * (2 * largest + 1)).floor().long() - largest
-
-
-def _shifted_rows(x_BCHW: Tensor, shift_B: Tensor) -> Tensor:
-    """Row r of the result is row r + shift of the image, or zero."""
     count, channels, height, width = x_BCHW.shape
-    source_BH = torch.arange(height, device=x_BCHW.device) + shift_B[:, None]
-    inside_BH = (source_BH >= 0) & (source_BH < height)
-    index = source_BH.clamp(0, height - 1)[:, None, :, None].expand(count, channels, height, width)
-    return x_BCHW.gather(2, index) * inside_BH[:, None, :, None]
+    row_BH, inside_BH = _shifted(u_y_B, height)
+    column_BW, inside_BW = _shifted(u_x_B, width)
+    source = (row_BH[:, :, None] * width + column_BW[:, None, :]).reshape(count, 1, -1)
+    inside = inside_BH[:, None, :, None] & inside_BW[:, None, None, :]
+    moved = x_BCHW.flatten(2).gather(2, source.expand(-1, channels, -1))
+    return moved.reshape(x_BCHW.shape) * inside
+
+
+def _shifted(u_B: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Where each of `side` positions comes from, int64 [B, side], and whether that lies in the image.
+
+    The shift is a whole number in [-d, d] with d = round(TRANSLATION * side).
+    """
+    largest = round(TRANSLATION * side)
+    shift_B = (u_B * (2 * largest + 1)).floor().long() - largest
+    source = torch.arange(side, device=u_B.device) + shift_B[:, None]
+    return source.clamp(0, side - 1), (source >= 0) & (source < side)
 
 
 def _recoloured(x_BCHW: Tensor, brightness_B: Tensor, saturation_B: Tensor, contrast_B: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rae_fast.config import DiscriminatorArch
 from rae_fast.errors import UserError, nearest
+from rae_fast.patches import embed_patches
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -75,7 +76,8 @@ class DinoBackbone(nn.Module):
         if x_B3HW.shape[-2:] != (side, side):
             x_B3HW = F.interpolate(x_B3HW, size=(side, side), mode="bilinear", align_corners=False)
         x_B3HW = ((x_B3HW + 1) / 2 - self.mean) / self.std
-        x_BLC = self.patch_embed["proj"](x_B3HW).flatten(2).transpose(1, 2)
+        proj = self.patch_embed["proj"]
+        x_BLC = embed_patches(x_B3HW, proj.weight, proj.bias)
         x_BNC = torch.cat([self.cls_token.expand(len(x_BLC), -1, -1), x_BLC], dim=1) + self.pos_embed
         activations = []
         for depth, block in enumerate(self.blocks):
@@ -325,7 +327,8 @@ class SampleNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BCL: Tensor) -> Tensor:
-        return F.instance_norm(x_BCL, weight=self.weight, bias=self.bias, eps=self.eps)
+        normed = F.layer_norm(x_BCL, x_BCL.shape[-1:], eps=self.eps)
+        return normed * self.weight[:, None] + self.bias[:, None]
 
 
 class SpectralConv1d(nn.Module):
