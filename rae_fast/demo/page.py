@@ -9,7 +9,8 @@ from typing import Any
 from rae_fast.config import Config
 from rae_fast.demo.evaluate import LEAST_REAL_AGREEMENT
 from rae_fast.demo.stages import Stages
-from rae_fast.evaluation.report import Page, column, read_log, readable_bytes
+from rae_fast.evaluation.report import Page, read_log, readable_bytes
+from rae_fast.evaluation.run_report import add_curves
 from rae_fast.latents.store import open_store
 from rae_fast.progress import clock
 from rae_fast.provenance import versions
@@ -65,18 +66,9 @@ def _perceptual(config: Config) -> str:
 
 
 def _curves(page: Page, folder: Path) -> None:
-    dit, decoder = read_log(folder / "dit/log.jsonl"), read_log(folder / "decoder/log.jsonl")
-    page.curves({"flow matching loss": column(dit, "step", "loss")}, "DiTDH optimizer step", "loss")
-    page.curves(
-        {"L1": column(decoder, "step", "l1"), "perceptual": column(decoder, "step", "perceptual")},
-        "decoder optimizer step",
-        "loss",
-    )
-    page.curves(
-        {"generator": column(decoder, "step", "gan"), "discriminator": column(decoder, "step", "disc_loss")},
-        "decoder optimizer step",
-        "adversarial loss",
-    )
+    for name, title in (("dit", "DiTDH"), ("decoder", "Decoder")):
+        page.text(f"{title}:")
+        add_curves(page, read_log(folder / name / "log.jsonl"))
 
 
 def _store_facts(config: Config, metrics: Mapping[str, Any]) -> dict[str, Any]:
