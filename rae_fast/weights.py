@@ -80,6 +80,16 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Any], source: str | P
         cause: what most likely explains a mismatch.
 
     Raises:
+        UserError: see `check_fit`.
+    """
+    check_fit(module, tensors, source, cause)
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Any], source: str | Path, cause: str = "") -> None:
+    """Refuse a state dict whose names and shapes are not the module's; arguments as `load_strictly`.
+
+    Raises:
         UserError: the first three missing, surplus or differently shaped names, with shapes.
     """
     wanted = module.state_dict()
@@ -101,4 +111,3 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Any], source: str | P
             f"the {len(wanted)} tensors of the configured model",
             cause or "check that the sizes in the config are those the weights were trained with",
         )
-    module.load_state_dict(found, strict=True)

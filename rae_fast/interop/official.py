@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from rae_fast.autoencoder.decoder import read_decoder_weights
 from rae_fast.autoencoder.rae import load_statistics
+from rae_fast.config_file import load_config
+from rae_fast.dit.registry import build_dit
 from rae_fast.errors import UserError
+from rae_fast.geometry import dit_params, resolve_geometry
 from rae_fast.latents.stats import save_statistics
 from rae_fast.provenance import atomic_write
 from rae_fast.runtime import DTYPES
-from rae_fast.weights import load_strictly, read_weights_file, select_weights
+from rae_fast.weights import check_fit, load_strictly, read_weights_file, select_weights
 
 WEIGHTS = ("ema", "model")
 
@@ -71,6 +74,19 @@ def likely_cause(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
     if _blocks(wanted) != _blocks(found):
         return f"check stage_2.params.depth: {_blocks(wanted)} blocks configured, {_blocks(found)} in the file"
     return "check stage_2.params: mlp_ratio, use_qknorm, use_swiglu, use_rope, use_rmsnorm, wo_shift, use_pos_embed"
+
+
+def check_dit(path: str | Path, config_file: str | Path, which: str = "ema") -> None:
+    """Refuse weights that are not of the model that a config describes; nothing is built in memory.
+
+    Raises:
+        UserError: see `load_dit_weights`.
+    """
+    config = load_config(config_file)
+    with torch.device("meta"):
+        model = build_dit(config.stage_2.target, dit_params(config, resolve_geometry(config)))
+    tensors = read_dit_weights(path, which)
+    check_fit(model, tensors, path, likely_cause(model.state_dict(), tensors))
 
 
 def _blocks(names: Mapping[str, Tensor]) -> int:

@@ -1,0 +1,181 @@
+"""Checkpoints of our runs as the reference's `ep-*.pt`, from which its trainer goes on.
+
+Shapes: parameters have the shapes of the module; our checkpoints hold them flat, in pieces.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from rae_fast.config import Config, Optimizer
+from rae_fast.config_file import load_config
+from rae_fast.dit.registry import build_dit
+from rae_fast.errors import UserError
+from rae_fast.geometry import dit_params, resolve_geometry
+from rae_fast.interop.official import save_content
+from rae_fast.provenance import read_json
+from rae_fast.runtime import Ranks
+from rae_fast.training.restore import FORMAT, Piece, find_damage, read_pieces
+
+ENGINE = "model"
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+
+
+def convert_run_checkpoint(source: str | Path, target: str | Path) -> int:
+    """Write {step, epoch, model, ema, optimizer, scheduler} of a DiT run's checkpoint; returns the optimizer step.
+
+    The reference trains position table and Fourier frequencies too; where we kept them fixed, their moments are zero.
+
+    Args:
+        source: checkpoints/step-* in a run folder, or the checkpoints folder, whose newest is taken.
+        target: the .pt to write.
+
+    Raises:
+        UserError: the checkpoint is damaged, of another kind of training, or holds no EMA.
+    """
+    source = _folder(Path(source))
+    manifest = _read_manifest(source)
+    about = manifest["engines"][ENGINE]
+    averages = [kind for kind in about["kinds"] if kind.startswith("ema/")]
+    if not averages:
+        raise UserError(f"checkpoint {source} holds no EMA", "a run with training.ema_decay", "use its export folder")
+    config = load_config(source.parent.parent / "config.yaml")
+    reader, fixed = _Reader(source, manifest["world"], about["shapes"]), _fixed(source)
+    trained = {kind: reader.read(kind) for kind in ("master", "exp_avg", "exp_avg_sq", averages[0])}
+    module = _module(config, (trained["master"] | fixed)[LABEL_TABLE])
+    step, state = manifest["step"], read_json(source / "state.json")
+    lr = _last_lr(source.parent.parent, step, config.training.optimizer.lr)
+    names = [name for name, _ in module.named_parameters()]
+    moments = {name: (trained["exp_avg"].get(name), trained["exp_avg_sq"].get(name)) for name in names}
+    content = {
+        "step": step,
+        "epoch": int(state["trainer"].get("epoch", 0)),
+        "model": _state_dict(module, trained["master"] | fixed),
+        "ema": _state_dict(module, trained[averages[0]] | fixed),
+        "optimizer": {
+            "state": _optimizer_state(state["engines"][ENGINE]["optimizer_steps"], moments, module),
+            "param_groups": [_group(config.training.optimizer, lr, len(names))],
+        },
+        "scheduler": _scheduler(config.training.optimizer, lr, step),
+    }
+    save_content(target, content)
+    return step
+
+
+def _folder(source: Path) -> Path:
+    if (source / "latest").is_file():
+        return source / (source / "latest").read_text().strip()
+    return source
+
+
+def _read_manifest(source: Path) -> dict[str, Any]:
+    damage = find_damage(source, Ranks(0, 0, 1))
+    if damage is not None:
+        raise UserError(f"checkpoint {source} is damaged ({damage})", "a whole checkpoint", "take the one before")
+    manifest = read_json(source / "manifest.json")
+    if manifest.get("format") != FORMAT or ENGINE not in manifest["engines"]:
+        raise UserError(f"{source} is no checkpoint of a diffusion transformer", f"one of format {FORMAT}")
+    return manifest
+
+
+def _module(config: Config, label_table: Tensor) -> nn.Module:
+    """The run's model without memory: its order of parameters is that of the reference's optimizer."""
+    params = dit_params(config, resolve_geometry(config))
+    with torch.device("meta"):
+        # The number of classes may have come from the store.
+        has_null_row = params.get("class_dropout_prob", 0.1) > 0
+        return build_dit(config.stage_2.target, {**params, "num_classes": len(label_table) - has_null_row})
+
+
+def _state_dict(module: nn.Module, tensors: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    return OrderedDict((name, tensors[name]) for name in module.state_dict())
+
+
+def _optimizer_state(
+    steps: float, moments: Mapping[str, tuple[Tensor | None, Tensor | None]], module: nn.Module
+) -> dict[int, dict[str, Tensor]]:
+    """torch's AdamW state, by the parameters' numbers."""
+    state = {}
+    for i, (name, parameter) in enumerate(module.named_parameters()):
+        first, second = (torch.zeros(parameter.shape) if moment is None else moment for moment in moments[name])
+        state[i] = {"step": torch.tensor(float(steps)), "exp_avg": first, "exp_avg_sq": second}
+    return state
+
+
+def _last_lr(run: Path, step: int, default: float) -> float:
+    """The learning rate that the log has for the last step up to `step`."""
+    log = run / "log.jsonl"
+    found = default
+    if log.is_file():
+        for line in log.read_text().splitlines():
+            entry = json.loads(line)
+            if entry.get("step", step + 1) <= step and "lr" in entry:
+                found = float(entry["lr"])
+    return found
+
+
+class _Reader:
+    """Whole tensors out of the flat pieces of all ranks."""
+
+    def __init__(self, source: Path, world: int, shapes: dict[str, list[int]]) -> None:
+        self.source, self.shapes = source, shapes
+        self.pieces = read_pieces(source, world, ENGINE)
+
+    def read(self, kind: str) -> dict[str, Tensor]:
+        """All parameters of one kind (master, exp_avg, ...), float32, in the module's order."""
+        found = {name: torch.empty(prod(shape)) for name, shape in self.shapes.items()}
+        by_file: dict[str, list[tuple[str, Piece]]] = {}
+        for name, pieces in self.pieces.items():
+            for piece in pieces:
+                by_file.setdefault(piece.file, []).append((name, piece))
+        for file_name, parts in by_file.items():
+            with safe_open(self.source / file_name, "pt") as file:
+                flat = file.get_slice(f"{ENGINE}/{kind}")
+                for name, piece in parts:
+                    values = flat[piece.offset : piece.offset + piece.length]
+                    found[name][piece.start : piece.start + piece.length] = values
+        return {name: found[name].reshape(shape) for name, shape in self.shapes.items()}
+
+
+def _fixed(source: Path) -> dict[str, Tensor]:
+    """Persistent buffers and frozen parameters."""
+    prefix = f"{ENGINE}/"
+    with safe_open(source / "fixed.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+
+def _group(optimizer: Optimizer, lr: float, count: int) -> dict[str, Any]:
+    """The parameter group as torch's AdamW writes it."""
+    parameter = torch.zeros(1, requires_grad=True)
+    defaults = torch.optim.AdamW(
+        [parameter],
+        lr=lr,
+        betas=(optimizer.betas[0], optimizer.betas[1]),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        fused=True,
+    )
+    return {**defaults.state_dict()["param_groups"][0], "initial_lr": optimizer.lr, "params": list(range(count))}
+
+
+def _scheduler(optimizer: Optimizer, lr: float, step: int) -> dict[str, Any]:
+    """State of the LambdaLR that the reference steps once per optimizer step."""
+    return {
+        "base_lrs": [optimizer.lr],
+        "last_epoch": step,
+        "_step_count": step + 1,
+        "_is_initial": False,
+        "_get_lr_called_within_step": False,
+        "_last_lr": [lr],
+        "lr_lambdas": [None],
+    }
