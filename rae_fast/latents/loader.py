@@ -19,7 +19,9 @@ from torch import Tensor
 from rae_fast import rng
 from rae_fast.config import Loader
 from rae_fast.errors import UserError
+from rae_fast.latents.native_reader import aligned_empty
 from rae_fast.latents.order import Order, choose_rows
+from rae_fast.latents.read_ahead import ReadAhead
 from rae_fast.latents.reader import open_reader
 from rae_fast.latents.store import LatentStore
 from rae_fast.runtime import Ranks
@@ -132,14 +134,18 @@ class BatchStream:
             self._producer = None
 
     def _batches(self, epoch: int, position: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, this rank's rows int64 [B]) from a position on, without end."""
+        """(epoch, this rank's rows int64 [B]) from a position on, without end; runs in the producer's thread."""
         step = self.batch_size * self.ranks.world
         mine = self.ranks.rank * self.batch_size
         while True:
             rows = self.order.epoch(epoch)
             for start in range(position, self.order.length, step):
+                self._passing(epoch, start)
                 yield epoch, rows[start + mine : start + mine + self.batch_size]
             epoch, position = epoch + 1, 0
+
+    def _passing(self, epoch: int, position: int) -> None:
+        """Called before the batch at `position` is prepared."""
 
     def _prepare(self, epoch: int, position: int) -> Iterator[LatentBatch]:
         """Batches from a position on; runs in the producer's thread."""
@@ -252,7 +258,8 @@ class LatentLoader(BatchStream):
         self.planes = [store.planes[view] for view in store.views]
         self.flip = flip and set(store.views) == {"original", "hflip"}
         self._labels = torch.from_numpy(store.labels.astype(np.int64))
-        self._reader = open_reader(store, reader, verify=verify)
+        self._reader = open_reader(store, reader, verify=verify, in_blocks=shuffle == "block")
+        self._ahead = ReadAhead(order, self._prefetch) if shuffle == "block" else None
 
     def views_of(self, epoch: int, rows: np.ndarray) -> np.ndarray:
         """Which view each row is served in, int64 [B], an index into the store's views."""
@@ -260,6 +267,10 @@ class LatentLoader(BatchStream):
             return np.zeros(len(rows), np.int64)
         u_B = rng.uniform(self.seed, epoch, torch.from_numpy(rows), rng.Stream.VIEW)
         return (u_B < FLIP_PROBABILITY).numpy().astype(np.int64)
+
+    def _passing(self, epoch: int, position: int) -> None:
+        if self._ahead is not None:
+            self._ahead.reach(epoch, position)
 
     def _prepare(self, epoch: int, position: int) -> Iterator[Any]:
         ring = _Ring(self) if self.device.type == "cuda" else None
@@ -274,10 +285,17 @@ class LatentLoader(BatchStream):
             self._gather(rows, which, stored, scales)
             yield LatentBatch(self.store.codec.decode(stored, scales), labels_B, index_B, at_epoch)
 
+    def _prefetch(self, epoch: int, rows: np.ndarray) -> None:
+        self._reader.prefetch(rows, self.planes, self.views_of(epoch, rows))
+
     def _buffers(self, pinned: bool) -> tuple[Tensor, Tensor | None]:
         """Room for one batch as it is stored: [B, C, H, W] and, for codecs with scales, float16 [B, C]."""
         plane = self.planes[0]
-        stored = torch.empty(self.batch_size, *plane.row_shape, dtype=self.store.codec.torch_dtype, pin_memory=pinned)
+        shape = (self.batch_size, *plane.row_shape)
+        if pinned:
+            stored = torch.empty(shape, dtype=self.store.codec.torch_dtype, pin_memory=True)
+        else:
+            stored = torch.from_numpy(aligned_empty(shape, plane.dtype))
         if not plane.scale_array:
             return stored, None
         return stored, torch.empty(self.batch_size, plane.row_shape[0], dtype=torch.float16, pin_memory=pinned)

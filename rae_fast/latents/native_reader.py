@@ -8,7 +8,6 @@ Shapes: B rows of a batch.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -20,39 +19,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
+from rae_fast.latents.gather import gather_library
 from rae_fast.latents.layout import Plane, shard_count
 from rae_fast.latents.reader import RowTable, allow_many_files, bad_shard, check_rows, decompress
 from rae_fast.latents.storage import LocalStorage
-from rae_fast.native import NativeUnavailableError, load_library
 
 if TYPE_CHECKING:
     from rae_fast.latents.store import LatentStore
 
-SOURCE = Path(__file__).with_name("gather.c")
 MAPPED, BUFFERED, DIRECT = 0, 1, 2
 MODES = {"mapped": MAPPED, "buffered": BUFFERED, "direct": DIRECT}
 CHECKSUM, CUT_SHORT = -1, -2
 DIRECT_THREADS = 16  # reads in flight: what an NVMe disk wants
 MEMORY_SHARE = 0.5  # of what is free: a store below this is expected to stay in the page cache
 PAGE = 4096
-
-
-@cache
-def gather_library() -> ctypes.CDLL:
-    """gather.c, compiled and declared.
-
-    Raises:
-        NativeUnavailableError: there is no compiler, or it failed.
-    """
-    library = load_library(SOURCE)
-    i32, i64, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    library.rae_gather.argtypes = (
-        (i64, i32, i32, i32, i32, *(pointer,) * 5, i64, *(pointer,) * 2, i64, pointer, pointer)
-    )  # fmt: skip
-    library.rae_gather.restype = i64
-    library.rae_crc32c.argtypes = (pointer, i64, ctypes.c_uint32)
-    library.rae_crc32c.restype = ctypes.c_uint32
-    return library
 
 
 def aligned_empty(shape: Sequence[int], dtype: str | np.dtype) -> np.ndarray:
@@ -128,6 +108,18 @@ class NativeReader:
             for i, row in enumerate(rows.tolist()):
                 plane, shard = planes[int(which[i])], row // self.store.shard_size
                 decompress(self.store, plane, shard, row, target[i, : size[i]], out[i].reshape(-1).view(np.uint8))
+
+    def prefetch(self, rows: np.ndarray, planes: Sequence[Plane], which: np.ndarray) -> None:
+        """Have the system read rows into the page cache, ahead and in the order of the disk; returns at once."""
+        if self.mode != "buffered":
+            return
+        file, offset, size = (np.zeros(len(rows), np.int64) for _ in range(3))
+        for number, plane in enumerate(planes):
+            mine = np.flatnonzero(which == number)
+            if len(mine):
+                self._locate(plane, rows[mine], mine, file, offset, size)
+        for i in np.lexsort((offset, file)).tolist():
+            os.posix_fadvise(int(file[i]), int(offset[i]), int(size[i]), os.POSIX_FADV_WILLNEED)
 
     def _locate(
         self, plane: Plane, rows: np.ndarray, into: np.ndarray, file: np.ndarray, offset: np.ndarray, size: np.ndarray
@@ -214,15 +206,7 @@ def available_memory_bytes() -> int:
     return int(free)
 
 
-def native_or_none(store: LatentStore, verify: bool) -> NativeReader | None:
-    """The native reader; None, said once, where there is no compiler."""
-    try:
-        return NativeReader(store, verify)
-    except NativeUnavailableError as error:
-        _announce(str(error))
-        return None
-
-
 @cache
-def _announce(reason: str) -> None:
+def announce(reason: str) -> None:
+    """Say, once, that the native reader cannot be had."""
     print(f"latents are read through Python, about half as fast: {reason}", flush=True)

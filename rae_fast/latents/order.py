@@ -15,7 +15,8 @@ from rae_fast.errors import UserError
 from rae_fast.rng import permutation
 
 BLOCKS_MIXED = 8  # blocks that are shuffled together: a batch mixes this many places of the disk
-CLASS_KEY = 1 << 32  # seeds are below 2**32: the keys of the classes' own permutations lie above
+# Seeds are below 2**32: the keys of permutations within classes and within groups of blocks lie above.
+CLASS_KEY, GROUP_KEY = 1 << 32, 1 << 48
 
 
 @dataclass(frozen=True)
@@ -57,25 +58,22 @@ class Order:
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Rows in the order of this epoch, int64 [E]."""
+        if self.shuffle == "block":
+            mixed = [np.concatenate(group) for group in self.block_groups(epoch)]
+            keys = [self.seed + GROUP_KEY * (1 + group) for group in range(len(mixed))]
+            shuffled = [rows[permutation(key, epoch, len(rows))] for key, rows in zip(keys, mixed, strict=True)]
+            return np.concatenate(shuffled)[: self.length]
         rows_M = self._balanced(epoch) if self.balanced else self.rows_M
         if self.shuffle == "global":
             rows_M = rows_M[permutation(self.seed, epoch, len(rows_M))]
-        elif self.shuffle == "block":
-            rows_M = rows_M[self._blocks(epoch, len(rows_M))]
         return rows_M[: self.length]
 
-    def _blocks(self, epoch: int, count: int) -> np.ndarray:
-        """Positions 0..count-1, block after block in random order, shuffled within each group of eight blocks."""
-        blocks = permutation(self.seed, epoch, -(-count // self.block_size))
-        starts = blocks * self.block_size
-        parts = []
-        for group in range(0, len(starts), BLOCKS_MIXED):
-            inside = [
-                np.arange(start, min(start + self.block_size, count)) for start in starts[group : group + BLOCKS_MIXED]
-            ]
-            mixed = np.concatenate(inside)
-            parts.append(mixed[permutation(self.seed + CLASS_KEY * (1 + group), epoch, len(mixed))])
-        return np.concatenate(parts)
+    def block_groups(self, epoch: int) -> list[list[np.ndarray]]:
+        """Blocks of ascending rows in the order of this epoch, grouped as the block shuffle mixes them."""
+        rows_M = self._balanced(epoch) if self.balanced else self.rows_M
+        starts = permutation(self.seed, epoch, -(-len(rows_M) // self.block_size)) * self.block_size
+        blocks = [rows_M[start : start + self.block_size] for start in starts.tolist()]
+        return [blocks[group : group + BLOCKS_MIXED] for group in range(0, len(blocks), BLOCKS_MIXED)]
 
     def _balanced(self, epoch: int) -> np.ndarray:
         """Equally many rows of each class, ascending.

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from rae_fast.latents.store import LatentStore
 
 
-class BufferedReader:
+class _Portable:
+    """What these readers have in common: they leave reading ahead to the system."""
+
+    def prefetch(self, rows: np.ndarray, planes: Sequence[Plane], which: np.ndarray) -> None:
+        """Nothing to do."""
+
+
+class BufferedReader(_Portable):
     """One read per row through the page cache, in Python; local stores only."""
 
     name = "buffered"
@@ -81,7 +88,7 @@ class BufferedReader:
             os.close(file)
 
 
-class ObjectReader:
+class ObjectReader(_Portable):
     """Concurrent range reads of an object store."""
 
     name = "object"
@@ -132,7 +139,7 @@ class ObjectReader:
             flat[:] = stored
 
 
-class _ArrayReader:
+class _ArrayReader(_Portable):
     """Rows through a zarr library, which undoes the codecs; rows of raw bytes are checked here, zstd frames there."""
 
     def __init__(self, store: LatentStore, verify: bool = True) -> None:

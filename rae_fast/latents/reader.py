@@ -49,6 +49,9 @@ class Reader(Protocol):
             IndexError: a row lies outside of the store.
         """
 
+    def prefetch(self, rows: np.ndarray, planes: Sequence[Plane], which: np.ndarray) -> None:
+        """Hint that these rows will be asked for soon; arguments as in `gather`."""
+
 
 class RowTable:
     """Where each row lies: shard indices are read when first asked for and kept, 16 bytes a row."""
@@ -117,8 +120,14 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def open_reader(store: LatentStore, kind: str = "auto", *, verify: bool = True) -> Reader:
+def open_reader(store: LatentStore, kind: str = "auto", *, verify: bool = True, in_blocks: bool = False) -> Reader:
     """The reader of that name (`loader.reader`), or the fastest that works here.
+
+    Args:
+        store: a complete store.
+        kind: name of the reader, or "auto".
+        verify: check each row's checksum.
+        in_blocks: rows will be asked for block by block, which the page cache serves better than O_DIRECT.
 
     Raises:
         UserError: the kind is unknown, or cannot serve this store.
@@ -130,13 +139,18 @@ def open_reader(store: LatentStore, kind: str = "auto", *, verify: bool = True) 
         "zarr": lambda: portable_readers.ZarrReader(store, verify),
     }
     if store.storage.is_local:
-        makers["native"] = lambda: native_reader.NativeReader(store, verify)
+        makers["native"] = lambda: native_reader.NativeReader(store, verify, "buffered" if in_blocks else None)
         makers["buffered"] = lambda: portable_readers.BufferedReader(store, verify)
     else:
         makers["object"] = lambda: portable_readers.ObjectReader(store, verify)
+    if kind == "auto" and not store.storage.is_local:
+        return makers["object"]()
     if kind == "auto":
-        native = native_reader.native_or_none(store, verify) if store.storage.is_local else None
-        return native or makers["buffered" if store.storage.is_local else "object"]()
+        try:
+            return makers["native"]()
+        except NativeUnavailableError as error:
+            native_reader.announce(str(error))
+            return makers["buffered"]()
     if kind not in makers:
         raise UserError(f"loader.reader is {kind!r} for {store.url}", f"auto or one of {', '.join(makers)}")
     try:

@@ -12,7 +12,8 @@ import zarr
 
 from rae_fast.errors import UserError
 from rae_fast.latents import native_reader
-from rae_fast.latents.native_reader import NativeReader, aligned_empty, gather_library
+from rae_fast.latents.gather import gather_library
+from rae_fast.latents.native_reader import NativeReader, aligned_empty
 from rae_fast.latents.reader import open_reader
 from rae_fast.latents.store import LatentStore, open_store
 from rae_fast.native import NativeUnavailableError
@@ -120,7 +121,7 @@ def test_without_a_compiler_reading_goes_on_in_python(
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gather_library.cache_clear()
-    native_reader._announce.cache_clear()
+    native_reader.announce.cache_clear()
     store = open_store(pristine_store)
     try:
         readers = [open_reader(store), open_reader(store)]
