@@ -1,23 +1,28 @@
-"""Train the decoder: pixels from latents by L1, perceptual and adversarial losses."""
+"""Train a decoder of latents to pixels."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from rae_fast.command_line import parse_tool, tool_parser
 from rae_fast.errors import exit_cleanly
 
 
-def main() -> None:
-    """Train to the end, or to SIGTERM; the same command resumes."""
+def main() -> int:
+    """Parse, load the config, train."""
     parser = tool_parser(
-        "Train a decoder of latents to pixels, on cached latents or online; the same command resumes.",
-        "deepspeed tools/train_decoder.py --config configs/stage1/training/DINOv2-B.yaml cache.path=<store>",
+        "Train a decoder of latents to pixels, on cached latents or online; the same command goes on where an earlier "
+        "one stopped.",
+        "deepspeed tools/train_decoder.py --config configs/stage1/training/DINOv2-B_decXL.yaml cache.path=<store>",
     )
-    config, _ = parse_tool(parser)
-    from rae_fast.autoencoder.trainer import train_decoder
+    config, args = parse_tool(parser)
 
-    result = train_decoder(config)
-    if result["export"]:
-        print(f"decoder: {result['export']}")
+    from rae_fast.autoencoder.trainer import train_decoder
+    from rae_fast.runtime import follow_supervisor, ranks_from_environment
+
+    follow_supervisor()
+    train_decoder(config, ranks_from_environment(), name=Path(args.config).stem if args.config else "decoder")
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rae_fast.config import DiscriminatorArch
 from rae_fast.errors import UserError, nearest
 from rae_fast.patches import embed_patches
+from rae_fast.weights import read_weights_file, select_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -147,23 +148,14 @@ def _recipe(given: Any) -> tuple[DinoRecipe, str | None]:
 
 
 def _read_weights(path: Path) -> Mapping[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise UserError(
             f"gan.disc.arch.dino_ckpt_path {path} does not exist",
             "a DINO ViT checkpoint",
             "fetch models/discs/dino_vit_small_patch8_224.pth from nyu-visionx/RAE-collections, or leave the key out "
             "to take timm's",
-        ) from error
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(
-            f"gan.disc.arch.dino_ckpt_path {path} cannot be read: {str(error).splitlines()[0]}", "a state dict"
-        ) from error
+        )
+    return select_weights(read_weights_file(path), path)
 
 
 def _timm_weights(name: str) -> Mapping[str, Tensor]:

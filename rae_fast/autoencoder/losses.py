@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from rae_fast.errors import UserError
 from rae_fast.patches import embed_patches
+from rae_fast.weights import read_weights_file
 
 if TYPE_CHECKING:
     from rae_fast.encoders import FrozenEncoder
@@ -183,11 +184,8 @@ def load_lpips(path: str | None = None) -> Lpips:
             "or set gan.loss.perceptual=encoder",
         )
     try:
-        weights = torch.load(place, map_location="cpu", weights_only=True)
-        return Lpips(weights)
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"{place} cannot be read: {str(error).splitlines()[0]}", f"torchvision's {VGG_FILE}") from error
-    except KeyError as error:
+        return Lpips(read_weights_file(place))
+    except (KeyError, TypeError) as error:
         raise UserError(f"{place} lacks {error}", f"torchvision's {VGG_FILE}") from error
 
 
