@@ -69,7 +69,7 @@ def take_lock(folder: Path) -> IO[str]:
         lock = (folder / ".lock").open("a")
     except OSError as error:
         raise UserError(
-            f"cannot write run folder {folder}: {error.strerror}", "a writable folder", "set logging.run_folder"
+            f"cannot write run folder {folder}: {error.strerror}", "a writable folder", "choose another one"
         ) from error
     deadline_s = time.monotonic() + LOCK_WAIT_S
     while True:
@@ -80,7 +80,7 @@ def take_lock(folder: Path) -> IO[str]:
             if time.monotonic() > deadline_s:
                 lock.close()
                 raise UserError(
-                    f"another run is at work in {folder}", "one at a time", "wait for it, or set logging.run_folder"
+                    f"another run is at work in {folder}", "one at a time", "wait for it, or choose another folder"
                 ) from error
             time.sleep(0.2)
 
