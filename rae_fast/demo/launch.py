@@ -27,7 +27,8 @@ def launch_training(tool: str, config_file: Path, overrides: Sequence[str], conf
     on_cpu = pick_device(config.runtime.device).type == "cpu"
     ranks = min(CPU_RANKS, len(os.sched_getaffinity(0))) if on_cpu else torch.cuda.device_count()
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
-    command += ["--master_port", str(_free_port()), "--log_level", "warning", tool, "--config", str(config_file), *overrides]
+    command += ["--master_port", str(_free_port()), "--log_level", "warning"]
+    command += [tool, "--config", str(config_file), *overrides]
     environment = {**os.environ, SUPERVISOR: str(os.getpid())}
     # The launcher finds `python` and ninja on the path of the environment that it was installed into.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
