@@ -112,7 +112,7 @@ def _optimizer_state(
 
 
 def _last_lr(run: Path, step: int, default: float) -> float:
-    """The learning rate that the log has for the last step up to `step`."""
+    """What the log says of the last step up to `step`, which is the learning rate of the one after it."""
     log = run / "log.jsonl"
     found = default
     if log.is_file():
