@@ -15,6 +15,11 @@ from rae_fast.latents.store import open_store
 from rae_fast.progress import clock
 from rae_fast.provenance import versions
 
+PERCEPTUAL = {
+    "lpips": "LPIPS with pretrained VGG16",
+    "encoder": "distance in the frozen encoder's own features (LPIPS takes VGG16's weights and a GPU)",
+}
+
 
 def write_page(folder: Path, config: Config, stages: Stages, metrics: Mapping[str, Any]) -> None:
     """Write `folder`/report.html."""
@@ -25,7 +30,8 @@ def write_page(folder: Path, config: Config, stages: Stages, metrics: Mapping[st
         f"in {clock(metrics['seconds']['total'])} on {metrics['device']}.",
     )
     page.tiles(_figures(metrics))
-    page.text(f"Encoder: {encoder['description']}. Perceptual loss of the decoder: {_perceptual(config)}.")
+    perceptual = PERCEPTUAL[stages.results["decoder"]["perceptual"]]
+    page.text(f"Encoder: {encoder['description']}. Perceptual loss of the decoder: {perceptual}.")
     page.heading("Generated images")
     page.text("One row for each class, drawn from EMA weights with classifier-free guidance.")
     page.image(folder / "samples.png", f"guidance scale {config.guidance.scale}, one class a row", pixels=True)
@@ -57,12 +63,6 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, str]:
         "Frechet distance, encoder features": f"{metrics['frechet']:.2f}",
         "peak memory, all processes": readable_bytes(metrics["peak_memory_bytes"]),
     }
-
-
-def _perceptual(config: Config) -> str:
-    if config.gan.loss.perceptual == "lpips":
-        return "LPIPS with pretrained VGG16"
-    return "distance in the encoder's own features"
 
 
 def _curves(page: Page, folder: Path) -> None:

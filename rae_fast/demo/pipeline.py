@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rae_fast.autoencoder.losses import find_vgg_weights
 from rae_fast.autoencoder.rae import build_rae
 from rae_fast.config import Config
 from rae_fast.config_file import load_config, to_yaml
@@ -36,6 +37,7 @@ CONFIG = Path("configs/demo.yaml")
 DECODER_CONFIG = Path("configs/demo_decoder.yaml")
 IMAGES, HELD_OUT = 2400, 320
 STATISTICS = "stat.pt"
+DISCRIMINATOR_FROM, ADVERSARIAL_FROM = 0.5, 0.6  # of the decoder's training
 SAMPLES_A_CLASS = 40
 SAMPLE_SEED = 0
 
@@ -69,13 +71,15 @@ def run_demo(demo: Demo) -> dict[str, Any]:
             [folder / "encoder"],
         )
         shared = [*_overrides(demo, data, encoder), *demo.overrides]
-        config, decoder_config = load_config(CONFIG, shared), load_config(DECODER_CONFIG, shared)
+        config = load_config(CONFIG, shared)
+        for_decoder = [*_decoder_settings(load_config(DECODER_CONFIG, shared), data["train_images"]), *shared]
+        decoder_config = load_config(DECODER_CONFIG, for_decoder)
         stages.run("cache", "latent store", _stored(config), lambda: _cache(demo, config), [folder / "store"])
         stages.run(
             "decoder",
             "decoder: L1 + perceptual + GAN",
             to_yaml(decoder_config),
-            lambda: _train(demo, "decoder", DECODER_CONFIG, shared, decoder_config),
+            lambda: _train(demo, "decoder", DECODER_CONFIG, for_decoder, decoder_config),
             [folder / "decoder"],
         )
         stages.run(
@@ -103,13 +107,14 @@ def _data_inputs(demo: Demo) -> dict[str, Any]:
 
 def _data(demo: Demo) -> dict[str, Any]:
     if demo.data is not None:
-        classes, images = split_photos(demo.data, demo.folder / "data")
+        classes, _ = split_photos(demo.data, demo.folder / "data")
+        train_images = sum(1 for path in (demo.folder / "data/train").glob("*/*"))
         train, val, origin = demo.folder / "data/train", demo.folder / "data/val", f"{demo.data} (yours)"
     else:
         drawn = draw_dataset(demo.folder / "data", images=IMAGES, held_out=HELD_OUT)
         train, val, origin = drawn.train, drawn.val, "drawn here"
-        classes, images = len([path for path in train.iterdir() if path.is_dir()]), IMAGES + HELD_OUT
-    return {"train": str(train), "val": str(val), "classes": classes, "images": images, "origin": origin}
+        classes, train_images = len([path for path in train.iterdir() if path.is_dir()]), IMAGES
+    return {"train": str(train), "val": str(val), "classes": classes, "train_images": train_images, "origin": origin}
 
 
 def _overrides(demo: Demo, data: dict[str, Any], encoder: dict[str, Any]) -> list[str]:
@@ -122,6 +127,23 @@ def _overrides(demo: Demo, data: dict[str, Any], encoder: dict[str, Any]) -> lis
         f"stage_1.params.encoder_params.dinov2_path={encoder['path']}",
         f"stage_1.params.encoder_input_size={encoder['input_size']}",
         f"stage_1.params.normalization_stat_path={demo.folder / STATISTICS}",
+    ]
+
+
+def _decoder_settings(config: Config, images: int) -> list[str]:
+    """What follows from the number of images and from the machine.
+
+    The game starts at fixed shares of the training, while the config counts in epochs, whose length is the data's.
+    LPIPS takes VGG16's weights, and a GPU: on a CPU a step would take seconds.
+    """
+    training = config.training
+    assert training.max_steps is not None and training.global_batch_size is not None
+    epochs = training.max_steps * training.global_batch_size / images
+    on_gpu = pick_device(config.runtime.device).type == "cuda"
+    return [
+        f"gan.loss.disc_upd_start={DISCRIMINATOR_FROM * epochs:.2f}",
+        f"gan.loss.disc_start={ADVERSARIAL_FROM * epochs:.2f}",
+        f"gan.loss.perceptual={'lpips' if on_gpu and find_vgg_weights() else 'encoder'}",
     ]
 
 
@@ -156,7 +178,7 @@ def _cache(demo: Demo, config: Config) -> dict[str, Any]:
 def _train(demo: Demo, name: str, config_file: Path, shared: list[str], config: Config) -> dict[str, Any]:
     folder = demo.folder / name
     launch_training(f"tools/train_{name}.py", config_file, [*shared, f"logging.run_folder={folder}"], config)
-    return {"run_folder": str(folder)}
+    return {"run_folder": str(folder), "perceptual": config.gan.loss.perceptual}
 
 
 def _sample(demo: Demo, config: Config) -> dict[str, Any]:

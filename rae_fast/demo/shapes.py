@@ -30,8 +30,8 @@ SPLITS = ("train", "val")
 SHORT_SIDE_PX = (72, 160)
 ASPECTS = (1.0, 1.0, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 5 / 4, 4 / 5)
 QUALITY = (85, 95)
-RADIUS = (0.30, 0.40)
-OFFSET = 0.08
+RADIUS = (0.33, 0.42)
+OFFSET = 0.06
 TILT_RAD = 0.06
 LUMA_CONTRAST = 0.28
 SUPERSAMPLING = 3
@@ -267,11 +267,11 @@ def _polygon(corners: int, radius: float = 1.0) -> np.ndarray:
 
 def _star() -> np.ndarray:
     points = _polygon(10)
-    points[1::2] *= 0.42
+    points[1::2] *= 0.48
     return points
 
 
-def _cross(arm: float = 0.3) -> np.ndarray:
+def _cross(arm: float = 0.34) -> np.ndarray:
     quarter = np.array([(arm, -1.0), (arm, -arm), (1.0, -arm)])
     turns = [np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) for a in np.arange(4) * pi / 2]
     return np.concatenate([quarter @ turn.T for turn in turns])
@@ -289,7 +289,7 @@ def _heart() -> np.ndarray:
 OUTLINES: dict[str, list[np.ndarray]] = {
     "circle": [_polygon(64, 0.92)],
     "cross": [_cross()],
-    "diamond": [_polygon(4) * (0.72, 1.0)],
+    "diamond": [_polygon(4) * (0.75, 1.0)],
     "heart": [_heart()],
     "ring": [_polygon(64), _polygon(64, 0.55)],
     "square": [np.array([(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)])],
