@@ -28,7 +28,7 @@ def load_library(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
         NativeUnavailableError: there is no compiler, or it failed.
     """
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    key = hashlib.sha256(source.read_bytes() + repr((compiler, flags, platform.machine())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(source.read_bytes() + repr((compiler, flags, _cpu())).encode()).hexdigest()[:16]
     path = _cache_folder() / f"{source.stem}-{key}.so"
     if not path.exists():
         _compile([*compiler, *flags, str(source)], path)
@@ -54,6 +54,15 @@ def _compile(command: list[str], path: Path) -> None:
             raise NativeUnavailableError(f"{command[0]} took more than {COMPILE_TIMEOUT_S} s") from error
         with atomic_write(path) as file:
             file.write(built.read_bytes())
+
+
+def _cpu() -> str:
+    """What -march=native depends on: a home folder may be shared by unlike machines."""
+    facts = {platform.machine()}
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        facts |= {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    return "\n".join(sorted(facts))
 
 
 def _cache_folder() -> Path:

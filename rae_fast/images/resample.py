@@ -6,12 +6,6 @@ Both give the same bytes; the native loops take a sixth of PIL's time and, like 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
 import warnings
 from functools import cache, lru_cache
 from pathlib import Path
@@ -21,17 +15,12 @@ import torch
 from PIL import Image
 
 from rae_fast.images.crop import BICUBIC, BOX, CropPlan, center_plan, crop_exact, crop_pil
-from rae_fast.provenance import atomic_write
+from rae_fast.native import NativeUnavailableError, load_library
 
 SOURCE = Path(__file__).with_name("resample.c")
 # No contraction of floating-point expressions: fused multiply-adds would round some taps differently from PIL.
-FLAGS = ("-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-lm")
 FILTER_CODES = {BOX: 0, BICUBIC: 1}
-COMPILE_TIMEOUT_S = 120
-
-
-class NativeUnavailableError(RuntimeError):
-    """The native resampler cannot be had; the reason."""
 
 
 def crop_into(image_HW3: np.ndarray, plan: CropPlan, out_3SS: np.ndarray) -> None:
@@ -54,63 +43,17 @@ def native_or_none() -> ctypes.CDLL | None:
 
 
 def load_native() -> ctypes.CDLL:
-    """Compile resample.c, unless this machine has done so before, load it, and check it against plain arithmetic.
+    """resample.c, compiled, and checked against plain arithmetic.
 
     Raises:
         NativeUnavailableError: no compiler, it failed, or the result is wrong.
     """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _cpu())).encode()).hexdigest()[:16]
-    path = _cache_folder() / f"resample-{key}.so"
-    if not path.exists():
-        _compile(compiler, path)
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from error
+    library = load_library(SOURCE, FLAGS)
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.rae_crop.argtypes = (pointer, number, number, pointer, number, number, number, number, pointer)
     library.rae_crop.restype = number
     _check(library)
     return library
-
-
-def _compile(compiler: list[str], path: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / path.name
-        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
-        except FileNotFoundError as error:
-            raise NativeUnavailableError(f"no C compiler ({compiler[0]}); install gcc or set CC") from error
-        except subprocess.CalledProcessError as error:
-            complaint = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr[-200:])
-            raise NativeUnavailableError(f"{compiler[0]} failed: {complaint.strip()}") from error
-        except subprocess.TimeoutExpired as error:
-            raise NativeUnavailableError(f"{compiler[0]} took more than {COMPILE_TIMEOUT_S} s") from error
-        with atomic_write(path) as file:
-            file.write(built.read_bytes())
-
-
-def _cpu() -> str:
-    """What -march=native depends on: a home folder may be shared by unlike machines."""
-    flags = [platform.machine()]
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    return "\n".join(flags)
-
-
-def _cache_folder() -> Path:
-    """A folder of this user's own for compiled code, in the cache or, where that cannot be written, a temporary one."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rae_fast"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="rae_fast-"))
 
 
 def _check(library: ctypes.CDLL) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rae_fast import native
 from rae_fast.images import resample
 from rae_fast.images.crop import center_plan, crop_pil
 
@@ -44,7 +45,7 @@ def test_compiled_code_is_kept_for_the_next_process(
 ) -> None:
     resample.load_native()
     assert len(list((tmp_path / "cache").rglob("resample-*.so"))) == 1
-    monkeypatch.setattr(resample, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
     resample.load_native()
 
 
@@ -63,7 +64,7 @@ def test_without_a_compiler_pil_makes_the_same_bytes_and_says_so_once(
 @needs_compiler
 def test_a_compiler_that_fails_is_quoted(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resample, "FLAGS", (*resample.FLAGS, "-fno-such-flag"))
-    with pytest.raises(resample.NativeUnavailableError, match="no-such-flag"):
+    with pytest.raises(native.NativeUnavailableError, match="no-such-flag"):
         resample.load_native()
 
 
@@ -74,13 +75,23 @@ def test_code_that_gives_wrong_bytes_is_refused(
     wrong = tmp_path / "resample.c"
     wrong.write_text(resample.SOURCE.read_text().replace("#define PRECISION_BITS 22", "#define PRECISION_BITS 12"))
     monkeypatch.setattr(resample, "SOURCE", wrong)
-    with pytest.raises(resample.NativeUnavailableError, match="wrong bytes"):
+    with pytest.raises(native.NativeUnavailableError, match="wrong bytes"):
         resample.load_native()
 
 
 @needs_compiler
 def test_where_there_is_a_compiler_the_native_loops_are_what_runs() -> None:
     assert resample.native_or_none() is not None
+
+
+@needs_compiler
+def test_another_cpu_sharing_the_cache_compiles_for_itself(
+    unloaded: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resample.load_native()
+    monkeypatch.setattr(native, "_cpu", lambda: "another CPU")
+    resample.load_native()
+    assert len(list((tmp_path / "cache").rglob("resample-*.so"))) == 2
 
 
 def test_threads_do_not_disturb_each_other(photo: Callable) -> None:
