@@ -1,7 +1,7 @@
 """Transformer blocks with adaptive normalization, conditioned per sample or per token.
 
-Everything memory-bound goes through three functions, `norm_modulate`, `gated_residual` and `packed_attention`, so that
-a fused operation replaces one of them in one place.
+Everything memory-bound goes through `norm_modulate`, `gated_residual`, both at once, and `packed_attention`, so that a
+fused operation replaces one of them in one place.
 
 Shapes: B samples, N tokens, D width, H heads, P head width. Modulations are [B, 1, D] (per sample) or [B, N, D] (per
 token). Row statistics, modulation and rotation are in float32 or above; what enters a GEMM has its weights' type.
@@ -66,6 +66,20 @@ def norm_modulate(x_BND: Tensor, norm: nn.Module, shift: Tensor | None, scale: T
 def gated_residual(x_BND: Tensor, branch_BND: Tensor, gate: Tensor) -> Tensor:
     """x + gate * branch in float32, given out in the type of the residual stream `x`."""
     return (x_BND + at_least_fp32(gate) * branch_BND).to(x_BND.dtype)
+
+
+def gated_residual_norm_modulate(
+    x_BND: Tensor,
+    branch_BND: Tensor,
+    gate: Tensor,
+    norm: nn.Module,
+    shift: Tensor | None,
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream after a branch, and what enters the next one: (x', mod(norm(x')))."""
+    x_BND = gated_residual(x_BND, branch_BND, gate)
+    return x_BND, norm_modulate(x_BND, norm, shift, scale, dtype)
 
 
 def packed_attention(
@@ -223,9 +237,8 @@ class AdaLNBlock(nn.Module):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         dtype = self.attn.qkv.weight.dtype
         branch_BND = self.attn(norm_modulate(x_BND, self.norm1, shift1, scale1, dtype), rope)
-        x_BND = gated_residual(x_BND, branch_BND, gate1)
-        branch_BND = self.mlp(norm_modulate(x_BND, self.norm2, shift2, scale2, dtype))
-        return gated_residual(x_BND, branch_BND, gate2)
+        x_BND, h_BND = gated_residual_norm_modulate(x_BND, branch_BND, gate1, self.norm2, shift2, scale2, dtype)
+        return gated_residual(x_BND, self.mlp(h_BND), gate2)
 
     def reset_parameters(self) -> None:
         """Zero modulation: the block begins as the identity."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,6 +122,16 @@ def test_decoder_gradients_are_the_reference_s(golden: Golden) -> None:
         ours = (g * torch.cos(0.1 * torch.arange(len(g), dtype=torch.float64))).sum()
         assert (g.norm() - norm).abs() <= GRADIENT_GATE * norm + rounding, name
         assert (ours - cosdot).abs() <= GRADIENT_GATE * norm * sqrt(len(g)) + rounding, name
+
+
+def test_every_array_of_the_file_is_looked_at_by_some_test(golden: Golden) -> None:
+    used = (
+        r"meta|stat/(mean|var)|in/(image(_native)?|latent|target|noise_[un]|dec_tokens(_withcls|_othergrid)?)"
+        r"|out/(encoder_(input|tokens)|encode_(nostat|stat|varonly|flat_nostat|native_stat|stat_train_tau0\.8))"
+        r"|out/(decode_(nostat|stat|varonly_sample0)|forward_stat_sample0|unpatchify_of_arange)"
+        r"|out/dec_logits(_dropcls|_othergrid|_epsprobe)?|grad/(loss_l1|latent|param_(names|norms|cosdot))"
+    )
+    assert [name for name in golden.arrays.files if not re.fullmatch(used, name)] == []
 
 
 def test_autoencoder_without_its_encoder_decodes_alike(golden: Golden, tmp_path: Path) -> None:

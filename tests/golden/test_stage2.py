@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from math import isqrt, sqrt
 from pathlib import Path
@@ -124,6 +125,17 @@ def test_bf16_autocast_stays_in_the_reference_s_band(golden: Golden) -> None:
     # The reference's own error is one draw: with another CPU's order of sums it moves by a factor of four either way.
     gate = max(BF16_GATE, 4 * golden.meta["bf16_autocast_vs_f64_rel"])
     assert_close(ours, golden["out/forward_f64"], gate)
+    assert_close(ours, golden["out/forward_autocast_bf16_cpu"], 2 * gate, "against the reference's, both inexact")
+
+
+@MODELS
+def test_every_array_of_the_file_is_looked_at_by_some_test(golden: Golden) -> None:
+    used = (
+        r"meta|sd(_guid)?/.*|in/(x|t|y|s|labeldrop_u|cfg_[xty])|grad/(loss|x|param_(names|norms|cosdot))"
+        r"|out/(forward(_f64|_given_s|_autocast_bf16_cpu|_train_labeldrop_u.*)?)"
+        r"|out/(cfg|ag)_.*"  # test_guidance.py
+    )
+    assert [name for name in golden.arrays.files if not re.fullmatch(used, name)] == []
 
 
 @pytest.fixture
