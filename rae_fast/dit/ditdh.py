@@ -110,7 +110,7 @@ class DiTDH(DiffusionTransformer):
         """The condition of each token, silu(trunk(x, t, y) + t): [B, N, D] in float32 or above.
 
         The trunk's residual stream is float32 also when parameters are bfloat16, as under the reference's autocast:
-        28 blocks of rounded sums are where bfloat16 training diverges.
+        a sum over 28 blocks in eight bits of mantissa would lose the small branches.
         """
         t_BD = self.t_embedder(t_B)
         c_BD = F.silu(t_BD + self.y_embedder(y_B, labeldrop_u))

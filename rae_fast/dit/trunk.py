@@ -13,7 +13,7 @@ from rae_fast.dit.blocks import AdaLNBlock, FinalLayer, Rope
 from rae_fast.dit.embed import LabelEmbed, PatchEmbed, RotaryTable, TimestepEmbed
 from rae_fast.errors import UserError
 
-# The reference registers patch maps and tables that `reset_parameters` of these classes sets.
+# Modules that the reference initializes otherwise than torch does.
 RESETTABLE = (PatchEmbed, TimestepEmbed, LabelEmbed, AdaLNBlock, FinalLayer)
 
 
