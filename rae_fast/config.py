@@ -300,7 +300,8 @@ class Cache:
     views: list[str] = field(default_factory=lambda: ["original", "hflip"])
     shard_size: int = 2048
     pixels: bool = False  # keep uint8 crops, so that decoder training never touches a JPEG
-    statistics: str = "compute"  # compute, none, or the path of a stat.pt
+    pixels_from: str | None = None  # a store that kept its pixels: encode those, for another encoder, and no JPEG
+    statistics: str = "compute"  # compute, none, given (stage_1.params.normalization_stat_path), or a stat.pt
     statistics_images: int | None = None  # None: all; else a seeded subset of this size
     encode_batch: int | None = None  # None: found by trial within memory
     precision: str = "bf16"  # of the encoder

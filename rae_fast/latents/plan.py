@@ -97,21 +97,23 @@ def describe(config: Config, index: ImageIndex, encoder: LatentEncoder) -> dict[
 def normalization(config: Config) -> dict[str, Any]:
     """Where mean and variance come from: given in a file, computed over images, or none at all."""
     params, wanted = config.stage_1.params, config.cache.statistics
-    given = params.normalization_stat_path
     if wanted == "none":
         return {"source": NONE, "eps": 0.0}
-    if wanted != "compute" or (given and Path(given).is_file()):
-        path = given if wanted == "compute" else wanted
-        if not Path(str(path)).is_file():
-            raise UserError(f"cache.statistics is {path!r}", "compute, none, or the path of a stat.pt that exists")
-        return {"source": GIVEN, "sha256": sha256_file(str(path)), "eps": params.eps}
-    return {"source": COMPUTED, "images": config.cache.statistics_images, "eps": params.eps}
+    if wanted == "compute":
+        return {"source": COMPUTED, "images": config.cache.statistics_images, "eps": params.eps}
+    path = statistics_path(config)
+    if not Path(path).is_file():
+        raise UserError(
+            f"cache.statistics is {wanted!r}, and the file {path} does not exist",
+            "compute, none, given (stage_1.params.normalization_stat_path), or the path of a stat.pt",
+        )
+    return {"source": GIVEN, "sha256": sha256_file(path), "eps": params.eps}
 
 
 def statistics_path(config: Config) -> str:
     """The file of given statistics."""
     given = config.stage_1.params.normalization_stat_path
-    return str(given if config.cache.statistics == "compute" else config.cache.statistics)
+    return str(given if config.cache.statistics == "given" else config.cache.statistics)
 
 
 def recipe(config: Config) -> dict[str, Any]:
