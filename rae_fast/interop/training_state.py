@@ -24,7 +24,9 @@ from rae_fast.geometry import dit_params, resolve_geometry
 from rae_fast.interop.official import save_content
 from rae_fast.provenance import read_json
 from rae_fast.runtime import Ranks
+from rae_fast.training.batching import count_steps
 from rae_fast.training.restore import FORMAT, Piece, find_damage, read_pieces
+from rae_fast.training.schedule import build_schedule
 
 ENGINE = "model"
 LABEL_TABLE = "y_embedder.embedding_table.weight"
@@ -53,7 +55,7 @@ def convert_run_checkpoint(source: str | Path, target: str | Path) -> int:
     trained = {kind: reader.read(kind) for kind in ("master", "exp_avg", "exp_avg_sq", averages[0])}
     module = _module(config, (trained["master"] | fixed)[LABEL_TABLE])
     step, state = manifest["step"], read_json(source / "state.json")
-    lr = _last_lr(source.parent.parent, step, config.training.optimizer.lr)
+    lr = _next_lr(source.parent.parent, config, step)
     names = [name for name, _ in module.named_parameters()]
     moments = {name: (trained["exp_avg"].get(name), trained["exp_avg_sq"].get(name)) for name in names}
     content = {
@@ -111,16 +113,33 @@ def _optimizer_state(
     return state
 
 
-def _last_lr(run: Path, step: int, default: float) -> float:
-    """What the log says of the last step up to `step`, which is the learning rate of the one after it."""
+def _next_lr(run: Path, config: Config, step: int) -> float:
+    """The learning rate of the step after `step`: the reference's checkpoints hold that of the next one."""
+    training = config.training
+    by_epoch = (training.scheduler.warmup_epochs, training.scheduler.decay_end_epoch)
+    steps_per_epoch = _steps_per_epoch(run)
+    if steps_per_epoch is None and (any(by_epoch) or training.scheduler.type == "wsd"):
+        raise UserError(
+            f"{run / 'log.jsonl'} does not say how many steps an epoch has",
+            "the log of the run, as its schedule counts epochs",
+            "keep log.jsonl beside the checkpoints folder",
+        )
+    steps_per_epoch = steps_per_epoch or 1
+    total_steps = count_steps(training, steps_per_epoch)
+    schedule = build_schedule(
+        training.scheduler, lr=training.optimizer.lr, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+    )
+    return schedule(step)
+
+
+def _steps_per_epoch(run: Path) -> int | None:
+    """Optimizer steps of an epoch, from a line of the log; None without one."""
     log = run / "log.jsonl"
-    found = default
-    if log.is_file():
-        for line in log.read_text().splitlines():
-            entry = json.loads(line)
-            if entry.get("step", step + 1) <= step and "lr" in entry:
-                found = float(entry["lr"])
-    return found
+    for line in log.read_text().splitlines() if log.is_file() else []:
+        entry = json.loads(line)
+        if entry.get("epoch"):
+            return round(entry["step"] / entry["epoch"])
+    return None
 
 
 class _Reader:
