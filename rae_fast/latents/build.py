@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from rae_fast.latents.codecs import Codec, get_codec
-from rae_fast.latents.encode import EncodeJob, RawBatch, Unit
+from rae_fast.latents.encode import RawBatch, StageTimes, Unit
 from rae_fast.latents.layout import Plane, planes_of, shard_count, shard_rows
+from rae_fast.latents.records import ShardRecord
 from rae_fast.latents.storage import Storage
 from rae_fast.latents.store import LatentStore
 from rae_fast.progress import Progress
@@ -30,17 +31,23 @@ class Build:
         ranks: this process among all.
         storage: where the store grows.
         attrs: the store's attributes.
-        job: how rows are encoded.
+        encode: gives the un-normalized latents of units, batch by batch: from images, or from imported files.
+        times: where the time goes.
+        stop: raises when the build is to end early.
         failures: images that this rank could not decode in the pass in hand.
+        kept: old rows of the shard that an append fills up.
         only: names of the planes to write, for a repair; None for all.
     """
 
     ranks: Ranks
     storage: Storage
     attrs: dict[str, Any]
-    job: EncodeJob
+    encode: Callable[[Sequence[Unit]], Iterator[RawBatch]]
+    times: StageTimes = field(default_factory=StageTimes)
+    stop: Callable[[], None] = lambda: None
     failures: int = 0
     only: frozenset[str] | None = None
+    kept: ShardRecord | None = None
     _scales: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
@@ -77,7 +84,7 @@ class Build:
     def advance(self, progress: Progress, batch: RawBatch) -> None:
         """Count a batch; the other ranks are taken to be as fast."""
         self.failures += len(batch.failures)
-        progress.advance(batch.count * self.ranks.world, failures=self.failures, limit=self.job.times.limits())
+        progress.advance(batch.count * self.ranks.world, failures=self.failures, limit=self.times.limits())
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
         """Wait for other ranks; files say when, so a build survives the loss of any of them.
@@ -86,7 +93,7 @@ class Build:
             Stopped: SIGTERM arrived meanwhile.
         """
         while not ready():
-            self.job.stop()
+            self.stop()
             time.sleep(POLL_S)
 
     def normalize(self, raw_BCHW: Tensor) -> Tensor:

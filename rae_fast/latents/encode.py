@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rae_fast.config import Config, Stage1Params
+from rae_fast.config import Stage1Params
 from rae_fast.encoders import FrozenEncoder, build_encoder
-from rae_fast.images.decode import ImageBatch, ImagePipeline
-from rae_fast.images.entries import ImageIndex
 from rae_fast.latents.layout import PIXELS
+from rae_fast.latents.sources import ImageSource
 from rae_fast.runtime import DTYPES, set_precision
 
 CPU_ENCODE_BATCH = 32
@@ -153,22 +152,16 @@ class EncodeJob:
 
     Attributes:
         encoder: the frozen encoder.
-        index: the images.
-        position_N: int64 [N], where in the index each row's image is.
-        config: its `data` section says how to decode.
-        image_size: side of the crop.
-        crop: "exact" or "fast".
+        source: the images.
+        position_N: int64 [N], where in the source each row's image is.
         views: which views to encode.
         pixels: also hand over the crops.
         batch_size: images of an encode batch.
     """
 
     encoder: LatentEncoder
-    index: ImageIndex
+    source: ImageSource
     position_N: np.ndarray
-    config: Config
-    image_size: int
-    crop: str
     views: Sequence[str]
     pixels: bool
     batch_size: int
@@ -211,7 +204,7 @@ def _encode(
     failures = [(row, *failed[i]) for i, row in enumerate(rows.tolist()) if i in failed]
     finite_B = torch.stack([z.isfinite().flatten(1).all(1) for z in planes.values()]).all(0).cpu()
     for i in torch.nonzero(~finite_B & valid_B).flatten().tolist():
-        failures.append((int(rows[i]), str(job.index.paths[int(job.position_N[rows[i]])]), NOT_FINITE))
+        failures.append((int(rows[i]), job.source.paths[int(job.position_N[rows[i]])], NOT_FINITE))
         valid_B[i] = False
     for z in planes.values():
         z[~valid_B.to(z.device)] = 0
@@ -225,19 +218,8 @@ class _ImageStream:
     """Decoded images in row order, cut to any size: the decoder's batches need not be the encoder's."""
 
     def __init__(self, job: EncodeJob, rows: np.ndarray) -> None:
-        data = job.config.data
         self._times = job.times
-        pipeline = ImagePipeline(
-            job.index,
-            job.position_N[rows],
-            image_size=job.image_size,
-            crop_mode=job.crop,
-            batch_size=data.batch_size,
-            device=job.encoder.device,
-            threads=data.threads,
-            hw_decoder_load=data.hw_decoder_load,
-        )
-        self._batches: Generator[ImageBatch, None, None] = iter(pipeline)  # type: ignore[assignment]
+        self._batches = job.source.decode(job.position_N[rows], job.encoder.device)
         self._images: list[Tensor] = []
         self._valid: list[Tensor] = []
         self._failed: dict[int, tuple[str, str]] = {}  # place in the stream -> (path, reason)
@@ -263,7 +245,8 @@ class _ImageStream:
 
     def close(self) -> None:
         """Stop the decoder's threads."""
-        self._batches.close()
+        if isinstance(self._batches, Generator):
+            self._batches.close()
 
 
 def _join(parts: list[Tensor]) -> Tensor:

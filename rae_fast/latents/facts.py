@@ -34,7 +34,7 @@ def store_facts(store: LatentStore) -> dict[str, str]:
         "encoder layers": f"{attrs['encoder']['layers']}, final norm {attrs['encoder']['final_norm']}",
         "encoder input": f"{attrs['encoder']['input_size']} px, {attrs['encoder']['resize']}",
         "precision": f"{attrs['precision']} on {attrs['device']}, batches of {attrs['encode_batch']}",
-        "crop": f"{attrs['crop']}, {attrs['image_size']} px",
+        "crop": _crop(store),
         "normalization": _normalization(store),
         "source": f"{attrs['dataset']['source']} ({attrs['dataset']['kind']})",
         "data set digest": str(attrs["dataset_digest"]),
@@ -60,6 +60,14 @@ def _codec_error(store: LatentStore) -> str:
         return "known when the store is complete"
     snr = "exact" if error["snr_db"] is None else f"{error['snr_db']} dB signal to noise"
     return f"{snr}, relative RMS {error['relative_rms']:.3g}, largest {error['max_error']:.3g}"
+
+
+def _crop(store: LatentStore) -> str:
+    attrs, drift = store.attrs, store.attrs["crop_drift"]
+    if drift is None:
+        return "unknown"
+    against = f"{drift['mean_abs']} levels from the reference's on average, {drift['max_abs']} at most"
+    return f"{attrs['crop']}, {attrs['image_size']} px; {against} ({drift['images']} images compared)"
 
 
 def _normalization(store: LatentStore) -> str:

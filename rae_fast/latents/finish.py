@@ -54,8 +54,11 @@ def finish(build: Build) -> None:
 
 def final_attributes(attrs: dict[str, Any], records: list[ShardRecord]) -> dict[str, Any]:
     """The attributes with what only the finished data can tell: valid images, and the codec's error on them."""
-    error = CodecError()
+    before = attrs.get("codec_error_before", {})
+    error = CodecError(**before.get("sums", {}))
     for record in records:
         error.add(CodecError(**record.codec_error))
     valid = sum(sum(record.valid) for record in records)
-    return {**attrs, "complete": True, "valid_images": valid, "codec_error": error.report()}
+    kept = {name: value for name, value in attrs.items() if name != "codec_error_before"}
+    codec_error = {**error.report(), "sums": error.sums()}
+    return {**kept, "complete": True, "valid_images": valid, "codec_error": codec_error}

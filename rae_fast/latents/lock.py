@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from rae_fast.latents.layout import WORK
 from rae_fast.latents.storage import LocalStorage, Storage
 from rae_fast.runtime import Ranks, barrier
 
+Prepared = TypeVar("Prepared")
 LOCK = f"{WORK}/lock"
 POLL_S = 0.05
 # A launcher takes a moment to end the other ranks of a build whose first rank was killed.
@@ -29,9 +31,9 @@ PATIENCE_S = 5.0
 
 @contextmanager
 def builder_lock(
-    storage: Storage, ranks: Ranks, prepare: Callable[[], None], patience_s: float = PATIENCE_S
-) -> Iterator[None]:
-    """Hold the store for this builder and call `prepare`, on rank 0 before any other rank.
+    storage: Storage, ranks: Ranks, prepare: Callable[[], Prepared], patience_s: float = PATIENCE_S
+) -> Iterator[Prepared]:
+    """Hold the store for this builder and call `prepare`, on rank 0 before any other rank; gives what that returned.
 
     Rank 0 takes the file exclusively, prepares, writes a nonce into it, tells the nonce to the other ranks, and keeps a
     shared lock; the others take shared locks on the file with that nonce. Object stores have no locks: there two
@@ -41,18 +43,15 @@ def builder_lock(
         UserError: another builder holds the store.
     """
     if not isinstance(storage, LocalStorage):
-        if ranks.is_main:
-            prepare()
+        prepared = [prepare()] if ranks.is_main else []
         barrier()
-        if not ranks.is_main:
-            prepare()
-        yield
+        yield prepared[0] if prepared else prepare()
         return
     path = storage.path(LOCK)
     if ranks.is_main:
         handle = _lead(path, storage, patience_s)
         try:
-            prepare()
+            prepared = prepare()
             nonce = secrets.token_hex(16)
             os.pwrite(handle, nonce.encode(), 0)
             fcntl.flock(handle, fcntl.LOCK_SH)
@@ -63,10 +62,10 @@ def builder_lock(
         _share(ranks, nonce)
     else:
         handle = _join(path, _share(ranks, ""))
-        prepare()
+        prepared = prepare()
     barrier()  # rank 0 may be done at once and remove the file, which the others must have opened before
     try:
-        yield
+        yield prepared
     finally:
         os.close(handle)
 

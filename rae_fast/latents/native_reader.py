@@ -21,8 +21,9 @@ import psutil
 
 from rae_fast.latents.gather import gather_library
 from rae_fast.latents.layout import Plane, shard_count
-from rae_fast.latents.reader import RowTable, allow_many_files, bad_shard, check_rows, decompress
+from rae_fast.latents.reader import RowTable, allow_many_files, check_rows, decompress
 from rae_fast.latents.storage import LocalStorage
+from rae_fast.latents.store import bad_shard
 
 if TYPE_CHECKING:
     from rae_fast.latents.store import LatentStore

@@ -13,9 +13,10 @@ from rae_fast.config import Config
 from rae_fast.config_file import load_config
 from rae_fast.errors import UserError
 from rae_fast.geometry import resolve_geometry
-from rae_fast.images.entries import ImageIndex
+from rae_fast.images.entries import PathTable
 from rae_fast.latents.encode import LatentEncoder
 from rae_fast.latents.layout import FORMAT, FORMAT_VERSION
+from rae_fast.latents.sources import ImageSource
 from rae_fast.latents.store import LatentStore, check_compatible
 from rae_fast.provenance import sha256_file, versions
 
@@ -45,7 +46,7 @@ def cache_path(config: Config) -> str:
     return config.cache.path
 
 
-def describe(config: Config, index: ImageIndex, encoder: LatentEncoder) -> dict[str, Any]:
+def describe(config: Config, source: ImageSource, encoder: LatentEncoder) -> dict[str, Any]:
     """Attributes of the store that this config makes from these images.
 
     Raises:
@@ -69,7 +70,7 @@ def describe(config: Config, index: ImageIndex, encoder: LatentEncoder) -> dict[
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "complete": False,
-        "num_images": len(index),
+        "num_images": len(source),
         "latent_shape": list(encoder.latent_shape),
         "views": [view for view in ("original", "hflip") if view in cache.views],
         "codec": cache.codec,
@@ -82,12 +83,12 @@ def describe(config: Config, index: ImageIndex, encoder: LatentEncoder) -> dict[
         "encode_batch": min(batch, cache.shard_size),
         "device": encoder.device.type,
         "normalization": normalization(config),
-        "class_names": list(index.class_names),
-        "dataset_digest": index.digest,
+        "class_names": list(source.class_names),
+        "dataset_digest": source.digest,
         "dataset": {
-            "kind": index.kind,
-            "source": index.source,
-            "segments": [{"images": len(index), "digest": index.digest}],
+            "kind": source.kind,
+            "source": source.source,
+            "segments": [{"images": len(source), "digest": source.digest}],
         },
         "config": recipe(config),
         "versions": versions(),
@@ -147,18 +148,18 @@ def config_of(attrs: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config
     return load_config(attrs["config"], overrides)
 
 
-def positions_by_path(stored: np.ndarray | Any, index: ImageIndex, where: str) -> np.ndarray:
-    """Where in the index the image of each row of a store is, int64 [N].
+def positions_by_path(stored: PathTable, source: ImageSource, where: str) -> np.ndarray:
+    """Where in the source the image of each row of a store is, int64 [N].
 
     Raises:
         UserError: an image of the store is no longer in the source.
     """
-    place = {path: position for position, path in enumerate(index.paths)}
+    place = {path: position for position, path in enumerate(source.paths)}
     positions = np.fromiter((place.get(path, -1) for path in stored), np.int64, len(stored))
     lost = np.flatnonzero(positions < 0)
     if len(lost):
         raise UserError(
-            f"{where} holds {len(lost)} images that data.source {index.source} lacks, first {stored[int(lost[0])]}",
+            f"{where} holds {len(lost)} images that {source.source} lacks, first {stored[int(lost[0])]}",
             "a source that has all images of the store",
             "mend data.source, or build another store with cache.path=<folder>",
         )

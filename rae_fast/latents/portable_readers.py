@@ -14,9 +14,9 @@ import numpy as np
 
 from rae_fast.latents.checksum import crc32c
 from rae_fast.latents.layout import Plane
-from rae_fast.latents.reader import RowTable, allow_many_files, bad_shard, check_rows, decompress
+from rae_fast.latents.reader import RowTable, allow_many_files, check_rows, decompress
 from rae_fast.latents.storage import LocalStorage, ObjectStorage
-from rae_fast.latents.store import damaged
+from rae_fast.latents.store import bad_shard, damaged
 
 if TYPE_CHECKING:
     from rae_fast.latents.store import LatentStore

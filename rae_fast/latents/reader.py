@@ -16,6 +16,7 @@ from numcodecs import Zstd
 from rae_fast.errors import UserError
 from rae_fast.latents.layout import EMPTY, Plane
 from rae_fast.latents.shard import read_index
+from rae_fast.latents.store import bad_shard
 from rae_fast.native import NativeUnavailableError
 
 if TYPE_CHECKING:
@@ -81,15 +82,6 @@ class RowTable:
         if EMPTY in (offset, size):
             raise bad_shard(self.store, plane, shard, f"row {row} is missing from its index")
         return shard, offset, size
-
-
-def bad_shard(store: LatentStore, plane: Plane, shard: int, what: str) -> UserError:
-    """The error for a shard that cannot be trusted."""
-    return UserError(
-        f"{store.url}: shard {shard} of {plane.array}: {what}",
-        "the bytes that were written",
-        f"run tools/inspect_cache.py repair {store.url}",
-    )
 
 
 def check_rows(store: LatentStore, rows: np.ndarray) -> None:

@@ -57,18 +57,22 @@ def write_record(storage: Storage, record: ShardRecord) -> None:
     storage.write(record_key(record.shard), canonical_json(asdict(record)))
 
 
+def record_from(content: Mapping[str, Any]) -> ShardRecord:
+    """A record from its JSON."""
+    return ShardRecord(
+        content["shard"],
+        {key: (size, crc) for key, (size, crc) in content["files"].items()},
+        content["row_crcs"],
+        content["valid"],
+        [Failure(**failure) for failure in content["failures"]],
+        content["codec_error"],
+    )
+
+
 def read_record(storage: Storage, shard: int, rows: int) -> ShardRecord | None:
     """A shard's record if the shard is really finished: all its files there, of the right size; else None."""
     try:
-        content: Mapping[str, Any] = json.loads(storage.read(record_key(shard)))
-        record = ShardRecord(
-            content["shard"],
-            {key: (size, crc) for key, (size, crc) in content["files"].items()},
-            content["row_crcs"],
-            content["valid"],
-            [Failure(**failure) for failure in content["failures"]],
-            content["codec_error"],
-        )
+        record = record_from(json.loads(storage.read(record_key(shard))))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from rae_fast.config import Config
 from rae_fast.errors import UserError
-from rae_fast.images.index import build_index
 from rae_fast.latents.build import Build
 from rae_fast.latents.checksum import crc32c
 from rae_fast.latents.encode import EncodeJob, LatentEncoder, Unit, encode_units
+from rae_fast.latents.imports import IMPORTED, import_units, open_files
 from rae_fast.latents.layout import BACKUP, MANIFEST, PIXELS, WORK, single_chunk_key
 from rae_fast.latents.lock import builder_lock
 from rae_fast.latents.manifest import Checks, DamagedError, backup_bytes, intact_head, manifest_bytes
 from rae_fast.latents.plan import check_encoder, positions_by_path
 from rae_fast.latents.records import ShardRecord
 from rae_fast.latents.sink import ShardSink
+from rae_fast.latents.sources import open_source
 from rae_fast.latents.storage import TEMPORARY, Storage, open_storage
-from rae_fast.latents.store import LatentStore, damaged
+from rae_fast.latents.store import LatentStore, check_compatible, damaged
 from rae_fast.latents.verify import Damage, open_intact, trusted_checks, verify
 from rae_fast.runtime import Ranks, pick_device
 
@@ -104,7 +107,7 @@ def _encode_again(storage: Storage, checks: Checks, config: Config, bad: Sequenc
     units = [Unit(shard, np.asarray(build.rows(shard))) for shard in shards]
     progress = build.progress("repair", units, units)
     with ShardSink(build, records.append) as sink:
-        for batch in encode_units(build.job, units):
+        for batch in build.encode(units):
             _check_same_images(store, batch.unit.rows[batch.first :][: batch.count], batch.valid_B.numpy())
             sink.put(batch)
             build.advance(progress, batch)
@@ -121,22 +124,23 @@ def repair_build(store: LatentStore, config: Config, planes: frozenset[str], ran
     Raises:
         UserError: the encoder is another one, or the source lacks images of the store.
     """
+    if store.attrs["dataset"]["kind"] == IMPORTED:
+        files = open_files(Path(config.data.source or store.attrs["dataset"]["source"]))
+        check_compatible(store, {"dataset_digest": files.digest()}, "bring back the files it was imported from")
+        return Build(ranks, store.storage, store.attrs, partial(import_units, files, store.attrs), only=planes)
     device = pick_device(config.runtime.device, ranks.local_rank)
     encoder = LatentEncoder(config.stage_1.params, store.attrs["precision"], device)
     check_encoder(store, encoder)
-    index = build_index(config.data)
+    source = open_source(config, store.attrs["image_size"])
     job = EncodeJob(
         encoder,
-        index,
-        positions_by_path(store.paths, index, store.url),
-        config,
-        store.attrs["image_size"],
-        store.attrs["crop"],
+        source,
+        positions_by_path(store.paths, source, store.url),
         [view for view in store.views if view in planes],
         PIXELS in planes,
         store.attrs["encode_batch"],
     )
-    return Build(ranks, store.storage, store.attrs, job, only=planes)
+    return Build(ranks, store.storage, store.attrs, partial(encode_units, job), job.times, only=planes)
 
 
 def _check_same_images(store: LatentStore, rows: np.ndarray, valid_B: np.ndarray) -> None:

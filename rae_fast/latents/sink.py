@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from rae_fast.latents.append import copy_kept_rows
 from rae_fast.latents.build import POLL_S, Build
 from rae_fast.latents.checksum import crc32c
 from rae_fast.latents.codecs import CodecError
@@ -18,6 +19,7 @@ from rae_fast.latents.encode import RawBatch
 from rae_fast.latents.layout import PIXELS
 from rae_fast.latents.records import Failure, ShardRecord
 from rae_fast.latents.shard import ShardFile, write_shard
+from rae_fast.latents.store import LatentStore
 
 WRITE_AHEAD = 3  # encoded batches that may wait for the disk
 
@@ -58,7 +60,7 @@ class ShardSink:
                 break
             except queue.Full:
                 continue
-        self.build.job.times.write_s += time.monotonic() - started_s
+        self.build.times.write_s += time.monotonic() - started_s
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._dropping = kind is not None
@@ -90,7 +92,7 @@ class ShardSink:
                 name: stack.enter_context(write_shard(build.storage, plane, shard, build.attrs["shard_size"]))
                 for name, plane in build.planes.items()
             }
-            record, error = ShardRecord(shard), CodecError()
+            record, error = self._start(shard, files), CodecError()
             batch: RawBatch | None = first
             while batch is not None:
                 write_batch(build, batch, files, record, error)
@@ -100,6 +102,17 @@ class ShardSink:
                 if batch is None or self._dropping:
                     raise _Dropped
         self._finished(complete_record(build, record, files, error))
+
+    def _start(self, shard: int, files: dict[str, ShardFile]) -> ShardRecord:
+        """The record of a new shard, with the rows that an append keeps already copied."""
+        build, record = self.build, ShardRecord(shard)
+        if build.kept is not None and build.kept.shard == shard:
+            store = LatentStore(build.storage, build.attrs, None)
+            for name, file in files.items():
+                copy_kept_rows(store, build.planes[name], build.kept, file)
+            record.valid += build.kept.valid
+            record.failures += build.kept.failures
+        return record
 
 
 class _Dropped(Exception):

@@ -125,6 +125,15 @@ def damaged(storage: Storage, what: str) -> UserError:
     )
 
 
+def bad_shard(store: LatentStore, plane: Plane, shard: int, what: str) -> UserError:
+    """The error for a shard that cannot be trusted."""
+    return UserError(
+        f"{store.url}: shard {shard} of {plane.array}: {what}",
+        "the bytes that were written",
+        f"run tools/inspect_cache.py repair {store.url}",
+    )
+
+
 class LatentStore:
     """Latents of N images, read by row.
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rae_fast.latents.encode import RawBatch, Unit, encode_units
+from rae_fast.latents.encode import RawBatch, Unit
 from rae_fast.latents.layout import PIXELS, WORK, Plane, shard_count
 from rae_fast.latents.stats import LatentStatistics
 from rae_fast.latents.storage import LocalStorage, Storage
@@ -75,7 +75,7 @@ def survey(build: Build) -> None:
     progress = build.progress("statistics", units, missing)
     whole = {unit.shard for unit in units if len(unit.rows) == len(build.rows(unit.shard))}
     stage = bool(build.storage.is_local and has_room(build))
-    for unit, batches in _by_unit(encode_units(build.job, mine)):
+    for unit, batches in _by_unit(build.encode(mine)):
         statistics = LatentStatistics(tuple(build.attrs["latent_shape"]))
         facts: dict[str, Any] = {"valid": [], "failures": [], "staged": stage and unit.shard in whole}
         with ExitStack() as stack:
@@ -143,6 +143,7 @@ def merge_moments(build: Build) -> LatentStatistics:
 def staged_batches(build: Build, shards: Sequence[int]) -> Iterator[RawBatch]:
     """What the first pass kept of these units, in the batches in which it was encoded."""
     assert isinstance(build.storage, LocalStorage)
+    batch_size = build.attrs["encode_batch"]
     for shard in shards:
         found = read_moments(build.storage, shard)
         assert found is not None
@@ -153,9 +154,9 @@ def staged_batches(build: Build, shards: Sequence[int]) -> Iterator[RawBatch]:
         with ExitStack() as stack:
             for file in files.values():
                 stack.enter_context(file)
-            for first in range(0, len(unit.rows), build.job.batch_size):
-                build.job.stop()
-                count = min(build.job.batch_size, len(unit.rows) - first)
+            for first in range(0, len(unit.rows), batch_size):
+                build.stop()
+                count = min(batch_size, len(unit.rows) - first)
                 planes = {name: _read_raw(file, build.planes[name], count) for name, file in files.items()}
                 inside = set(unit.rows[first : first + count].tolist())
                 failures = [tuple(failure) for failure in facts["failures"] if failure[0] in inside]

@@ -2,9 +2,8 @@
 
 The unit of work is one shard with one owner. A killed build leaves finished shards, their records, and temporary files
 that nobody reads; the same command, with any number of ranks, redoes what has no record. Nothing in the store depends
-on when, how often or by how many ranks it was built.
-
-Shapes: N rows, B rows of a batch, C, H, W of a latent.
+on when, how often or by how many ranks it was built. Images that are new in the source of a finished store are added
+to it.
 """
 
 from __future__ import annotations
@@ -15,25 +14,32 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from rae_fast.config import Config
 from rae_fast.errors import UserError
-from rae_fast.images.index import ImageIndex, build_index
-from rae_fast.latents import survey as first_pass
+from rae_fast.geometry import resolve_geometry
+from rae_fast.latents.append import begin_append, kept_record, new_images, plan_append, read_plan
 from rae_fast.latents.build import Build
-from rae_fast.latents.encode import EncodeJob, LatentEncoder, Unit, encode_units
-from rae_fast.latents.finish import finish
+from rae_fast.latents.encode import EncodeJob, LatentEncoder, encode_units
 from rae_fast.latents.layout import MANIFEST, WORK
 from rae_fast.latents.lock import builder_lock
-from rae_fast.latents.normalization import MEAN, load_statistics, write_statistics
-from rae_fast.latents.plan import COMPUTED, GIVEN, cache_path, describe, identity, positions_by_path, statistics_path
-from rae_fast.latents.records import ShardRecord, committed_shards, read_record, write_record
-from rae_fast.latents.sink import ShardSink
+from rae_fast.latents.normalization import load_statistics, write_statistics
+from rae_fast.latents.passes import run_passes
+from rae_fast.latents.plan import (
+    COMPUTED,
+    GIVEN,
+    cache_path,
+    describe,
+    identity,
+    positions_by_path,
+    statistics_path,
+)
+from rae_fast.latents.records import committed_shards
+from rae_fast.latents.sources import ImageSource, open_source
 from rae_fast.latents.storage import TEMPORARY, Storage, open_storage
 from rae_fast.latents.store import check_compatible, create_store, open_store, read_attributes
 from rae_fast.runtime import Ranks, init_distributed, pick_device
@@ -66,7 +72,7 @@ class BuildReport:
 
 
 def build_cache(config: Config, ranks: Ranks | None = None) -> BuildReport:
-    """Build the store of `cache.path`, or go on with it; returns when it is complete, on every rank.
+    """Build the store of `cache.path`, go on with it, or extend it; returns when it is complete, on every rank.
 
     Raises:
         UserError: bad config or data, a store that does not match, another builder at work, a full disk.
@@ -75,87 +81,105 @@ def build_cache(config: Config, ranks: Ranks | None = None) -> BuildReport:
     ranks = ranks or Ranks()
     storage = open_storage(cache_path(config))
     if read_attributes(storage) is None:
-        _refuse_foreign(storage)
-    with _process_group(ranks), _stop_on_sigterm() as stop:
-        return _build(config, ranks, storage, stop)
+        refuse_foreign(storage)
+    with process_group(ranks), stop_on_sigterm() as stop:
+        device = pick_device(config.runtime.device, ranks.local_rank)
+        source = open_source(config, resolve_geometry(config).image_size)
+        encoder = LatentEncoder(config.stage_1.params, config.cache.precision, device)
+        wanted = describe(config, source, encoder)
+
+        def prepare() -> Build | None:
+            if ranks.is_main:
+                begin_or_extend(config, storage, source, wanted, encoder.device)
+            return _plan(ranks, storage, source, encoder, wanted, stop)
+
+        return run_build(storage, ranks, prepare)
 
 
-def _build(config: Config, ranks: Ranks, storage: Storage, stop: Callable[[], None]) -> BuildReport:
+def run_build(storage: Storage, ranks: Ranks, prepare: Callable[[], Build | None]) -> BuildReport:
+    """Hold the store, prepare (rank 0 first), and carry out what there is to do."""
     started_s = time.monotonic()
-    index = build_index(config.data)
-    encoder = LatentEncoder(config.stage_1.params, config.cache.precision, _device(config, ranks))
-    wanted = describe(config, index, encoder)
-    prepared: list[Build | None] = []
-
-    def prepare() -> None:
-        prepared.append(_prepare(config, ranks, storage, index, encoder, wanted, stop))
-
-    with builder_lock(storage, ranks, prepare):
-        build = prepared[0]
-        encoded = 0
+    encoded, limits = 0, "-"
+    with builder_lock(storage, ranks, prepare) as build:
         if build is not None:
             done = sum(len(build.rows(shard)) for shard in committed_shards(storage))
-            _statistics(build)
-            _write(build)
-            if ranks.is_main:
-                build.wait_for(lambda: committed_shards(storage) >= set(build.shards))
-                finish(build)
-            else:
-                build.wait_for(lambda: storage.size(MANIFEST) is not None)
-            encoded = build.attrs["num_images"] - done
+            run_passes(build)
+            encoded, limits = build.attrs["num_images"] - done, build.times.limits()
         elif ranks.is_main:
             storage.delete_folder(WORK)
-        limits = build.job.times.limits() if build else "-"
     store = open_store(storage.url)
     failures = int((~store.valid).sum())
     return BuildReport(storage.url, store.n, failures, encoded, time.monotonic() - started_s, limits)
 
 
-def _device(config: Config, ranks: Ranks) -> torch.device:
-    return pick_device(config.runtime.device, ranks.local_rank)
+def begin_or_extend(
+    config: Config, storage: Storage, source: ImageSource, wanted: dict[str, Any], device: torch.device
+) -> None:
+    """Rank 0's preparation: begin a store, check the one that is there, or begin to extend it."""
+    for key in storage.list():
+        if key.endswith(TEMPORARY):
+            storage.delete(key)
+    attrs = read_attributes(storage)
+    if attrs is None:
+        begin_place(config, storage, wanted)
+        drift = source.drift(device)
+        create_store(storage, {**wanted, "crop_drift": drift}, source.paths, source.labels)
+        return
+    store = open_store(storage.url, allow_incomplete=True)
+    check_compatible(store, identity(wanted))
+    plan = read_plan(storage)
+    if store.complete and plan is None:
+        fresh = new_images(store, source)
+        if not fresh:
+            return
+        print(f"{storage.url}: {len(fresh):,} images are new in {source.source}; they go to its end", flush=True)
+        plan_append(store, source, fresh)
+        plan = read_plan(storage)
+    if plan is not None and attrs["num_images"] != plan["attrs"]["num_images"]:
+        storage.delete(MANIFEST)
+        begin_append(storage, plan)
 
 
-def _prepare(
-    config: Config,
+def begin_place(config: Config, storage: Storage, attrs: dict[str, Any]) -> None:
+    """Mark an empty place as ours, and put given statistics, or none at all, in it.
+
+    Computed ones come with the first pass.
+    """
+    storage.write(BEGUN, b"")
+    source, shape = attrs["normalization"]["source"], tuple(attrs["latent_shape"])
+    if source == GIVEN:
+        write_statistics(storage, *load_statistics(statistics_path(config), shape))
+    elif source != COMPUTED:
+        write_statistics(storage, torch.zeros(shape), torch.ones(shape))
+
+
+def _plan(
     ranks: Ranks,
     storage: Storage,
-    index: ImageIndex,
+    source: ImageSource,
     encoder: LatentEncoder,
     wanted: dict[str, Any],
     stop: Callable[[], None],
 ) -> Build | None:
-    """Begin a store or check the one that is there; None if it is complete."""
-    attrs = read_attributes(storage)
-    if attrs is None:
-        assert ranks.is_main
-        _begin(config, storage, wanted, index)
-        attrs, positions = wanted, np.arange(len(index))
-    else:
-        store = open_store(storage.url, allow_incomplete=True)
-        check_compatible(store, identity(wanted))
-        positions = np.arange(len(index))
-        if attrs["dataset"]["segments"][-1] != wanted["dataset"]["segments"][-1]:
-            positions = positions_by_path(store.paths, index, storage.url)
-    if ranks.is_main:
-        _remove_strays(storage)
-    if storage.size(MANIFEST) is not None:
+    """What this rank has to build; None if the store is complete."""
+    store = open_store(storage.url, allow_incomplete=True)
+    check_compatible(store, identity(wanted))
+    if store.complete:
         return None
+    attrs, plan = store.attrs, read_plan(storage)
     job = EncodeJob(
         encoder,
-        index,
-        positions,
-        config,
-        attrs["image_size"],
-        attrs["crop"],
+        source,
+        positions_by_path(store.paths, source, storage.url),
         attrs["views"],
         attrs["pixels"] is not None,
         attrs["encode_batch"],
         stop=stop,
     )
-    return Build(ranks, storage, attrs, job)
+    return Build(ranks, storage, attrs, partial(encode_units, job), job.times, stop, kept=kept_record(plan))
 
 
-def _refuse_foreign(storage: Storage) -> None:
+def refuse_foreign(storage: Storage) -> None:
     """Raises UserError unless the place is empty, or holds the beginning of a store that was killed early."""
     other = next((key for key in storage.walk() if not key.startswith(f"{WORK}/")), None)
     if other is not None and storage.size(BEGUN) is None:
@@ -166,66 +190,8 @@ def _refuse_foreign(storage: Storage) -> None:
         )
 
 
-def _begin(config: Config, storage: Storage, attrs: dict[str, Any], index: ImageIndex) -> None:
-    """Write the head of a new store; given statistics come with it."""
-    storage.write(BEGUN, b"")
-    source = attrs["normalization"]["source"]
-    if source == GIVEN:
-        mean, var = load_statistics(statistics_path(config), tuple(attrs["latent_shape"]))
-        write_statistics(storage, mean, var)
-    elif source != COMPUTED:
-        write_statistics(storage, torch.zeros(attrs["latent_shape"]), torch.ones(attrs["latent_shape"]))
-    create_store(storage, attrs, index.paths, index.labels)
-
-
-def _remove_strays(storage: Storage) -> None:
-    """Delete what a killed build was writing."""
-    for key in storage.list():
-        if key.endswith(TEMPORARY):
-            storage.delete(key)
-
-
-def _statistics(build: Build) -> None:
-    """Have mean and variance in place, computing them if that is what the store wants."""
-    storage = build.storage
-    if storage.size(MEAN) is not None:
-        return
-    first_pass.survey(build)
-    if build.ranks.is_main:
-        wanted = {first_pass.moments_key(unit.shard) for unit in first_pass.survey_units(build)}
-        build.wait_for(lambda: wanted <= set(storage.list(first_pass.MOMENTS)))
-        mean, var = first_pass.merge_moments(build).finish()
-        write_statistics(storage, mean, var)
-    else:
-        build.wait_for(lambda: storage.size(MEAN) is not None)
-
-
-def _write(build: Build) -> None:
-    """Normalize, encode and write this rank's shards that have no record yet."""
-    units = [Unit(shard, np.asarray(build.rows(shard))) for shard in build.shards]
-    missing = [unit for unit in units if read_record(build.storage, unit.shard, len(unit.rows)) is None]
-    mine = build.mine(missing)
-    staged = first_pass.staged_shards(build, [unit.shard for unit in mine])
-    batches = chain(
-        first_pass.staged_batches(build, sorted(staged)) if staged else (),
-        encode_units(build.job, [unit for unit in mine if unit.shard not in staged]),
-    )
-    progress = build.progress("latents", units, missing)
-
-    def commit(record: ShardRecord) -> None:
-        write_record(build.storage, record)
-        for name in build.planes:
-            build.storage.delete(first_pass.raw_key(name, record.shard))
-
-    with ShardSink(build, commit) as sink:
-        for batch in batches:
-            sink.put(batch)
-            build.advance(progress, batch)
-    progress.close()
-
-
 @contextmanager
-def _process_group(ranks: Ranks) -> Iterator[None]:
+def process_group(ranks: Ranks) -> Iterator[None]:
     """The ranks of this launch, joined for as long as the build lasts if nobody joined them before.
 
     They need it once, to agree on whose lock it is; everything else they tell each other through files.
@@ -240,7 +206,7 @@ def _process_group(ranks: Ranks) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_sigterm() -> Iterator[Callable[[], None]]:
+def stop_on_sigterm() -> Iterator[Callable[[], None]]:
     """A function that raises `Stopped` once SIGTERM has arrived; only the main thread can listen for it."""
     arrived = threading.Event()
     listening = threading.current_thread() is threading.main_thread()
