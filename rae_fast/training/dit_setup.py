@@ -2,29 +2,93 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from rae_fast.config import Config
 from rae_fast.dit.registry import build_dit
 from rae_fast.dit.trunk import DiffusionTransformer
 from rae_fast.errors import UserError
-from rae_fast.geometry import Geometry, dit_params
+from rae_fast.geometry import Geometry, dit_params, resolve_geometry
 from rae_fast.interop.official import likely_cause, read_dit_weights
+from rae_fast.latents.online import OnlineLoader, open_online_loader
 from rae_fast.latents.store import LatentStore, check_compatible, open_store
+from rae_fast.runtime import Ranks
 from rae_fast.training.batching import BatchPlan
 from rae_fast.weights import load_strictly
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
-def open_training_store(config: Config, geometry: Geometry) -> tuple[LatentStore, Geometry]:
-    """The store, checked against the config; and the geometry, with the store's classes if the config does not say.
+@dataclass(frozen=True)
+class TrainingData:
+    """What is trained on.
+
+    Attributes:
+        geometry: sizes, with the data's number of classes where the config does not say.
+        store: the latents; None when they are made online and no store gives their statistics.
+        online: the online loader, or None.
+        identity: what a run folder keeps to.
+        facts: what the run's manifest says.
+    """
+
+    geometry: Geometry
+    store: LatentStore | None
+    online: OnlineLoader | None
+    identity: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def open_training_data(config: Config, batches: BatchPlan, ranks: Ranks, device: torch.device) -> TrainingData:
+    """Open store or images and check them against the config, before the model takes any memory.
 
     Raises:
-        UserError: no store, or one of another latent size, encoder input or number of classes.
+        UserError: sections contradict each other; no store, or one of another latent size, encoder input or number of
+            classes; online: images, encoder or statistics cannot be had.
+    """
+    geometry = resolve_geometry(config)
+    shared = {
+        "source": config.loader.source,
+        "global_batch_size": batches.global_batch,
+        "global_seed": config.training.global_seed,
+        "shuffle": [getattr(config.loader, key) for key in ("shuffle", "block_size", "flip", "balanced", "classes")],
+    }
+    if config.loader.source == "online":
+        loader = open_online_loader(
+            config,
+            image_size=geometry.image_size,
+            batch_size=batches.micro_batch,
+            images_per_step=batches.global_batch,
+            seed=config.training.global_seed,
+            ranks=ranks,
+            device=device,
+        )
+        geometry = with_classes(geometry, loader.index.labels, loader.index.class_names, loader.index.source)
+        dataset = {"images": len(loader.index), "digest": loader.index.digest}
+        store = open_store(config.cache.path) if config.cache.path else None
+        return TrainingData(geometry, store, loader, {**shared, "dataset": [dataset]}, {"dataset": dataset})
+    store = open_checked_store(config, geometry)
+    geometry = with_classes(geometry, store.labels, store.class_names, store.url)
+    identity = {
+        **shared,
+        "dataset": store.attrs["dataset"]["segments"],
+        "encoder": store.attrs["encoder"].get("weights_sha256"),
+        "normalization": store.attrs["normalization"],
+    }
+    keys = ("num_images", "latent_shape", "views", "codec", "encoder", "normalization", "dataset", "codec_error")
+    facts = {"url": store.url, **{key: store.attrs.get(key) for key in keys}}
+    return TrainingData(geometry, store, None, identity, facts)
+
+
+def open_checked_store(config: Config, geometry: Geometry) -> LatentStore:
+    """The store of `cache.path`, if it holds what the config says.
+
+    Raises:
+        UserError: no store, or one of another latent size or encoder input.
     """
     if not config.cache.path:
         raise UserError("cache.path is not set", "the latent store to train from", "set cache.path=<folder>")
@@ -36,18 +100,26 @@ def open_training_store(config: Config, geometry: Geometry) -> tuple[LatentStore
             "encoder.input_size": config.stage_1.params.encoder_input_size,
         },
     )
-    classes = geometry.num_classes
-    if classes is None:
-        classes = max(len(store.class_names), 1)
+    return store
+
+
+def with_classes(geometry: Geometry, labels_N: np.ndarray, class_names: Sequence[str], source: str) -> Geometry:
+    """The geometry, with the data's number of classes if the config does not say.
+
+    Raises:
+        UserError: labels beyond the number of classes.
+    """
+    if geometry.num_classes is None:
+        classes = max(len(class_names), 1)
         geometry = replace(geometry, num_classes=classes, null_label=classes)
-    largest = int(store.labels.max(initial=0))
-    if largest >= classes:
+    largest = int(np.max(labels_N, initial=0))
+    if largest >= geometry.num_classes:
         raise UserError(
-            f"{store.url} has labels up to {largest}, but the config has {classes} classes",
-            f"misc.num_classes {len(store.class_names)}",
+            f"{source} has labels up to {largest}, but the config has {geometry.num_classes} classes",
+            f"misc.num_classes {len(class_names)}",
             "set misc.num_classes",
         )
-    return store, geometry
+    return geometry
 
 
 def build_model(config: Config, geometry: Geometry) -> DiffusionTransformer:
@@ -78,25 +150,6 @@ def load_pretrained(model: DiffusionTransformer, path: str, *, say: bool = True)
         if say:
             print(f"{path} has {len(given)} labels, this model {len(table)}: the label table starts fresh", flush=True)
     load_strictly(model, tensors, path, likely_cause(model.state_dict(), tensors))
-
-
-def identity(config: Config, store: LatentStore, batches: BatchPlan) -> dict[str, Any]:
-    """What decides which sample is seen when; a run folder keeps to it."""
-    loader = config.loader
-    return {
-        "dataset": store.attrs["dataset"]["segments"],
-        "encoder": store.attrs["encoder"].get("weights_sha256"),
-        "normalization": store.attrs["normalization"],
-        "global_batch_size": batches.global_batch,
-        "global_seed": config.training.global_seed,
-        "shuffle": [loader.shuffle, loader.block_size, loader.flip, loader.balanced, loader.classes],
-    }
-
-
-def facts_about(store: LatentStore) -> dict[str, Any]:
-    """What the run's manifest says of the store."""
-    keys = ("num_images", "latent_shape", "views", "codec", "encoder", "normalization", "dataset", "codec_error")
-    return {"url": store.url, **{key: store.attrs.get(key) for key in keys}}
 
 
 def training_flops(config: Config, geometry: Geometry) -> float:

@@ -21,7 +21,6 @@ from torch import Tensor
 from rae_fast import rng
 from rae_fast.config import Config
 from rae_fast.errors import UserError
-from rae_fast.geometry import Geometry, resolve_geometry
 from rae_fast.latents.loader import BatchStream, LatentBatch, build_loader
 from rae_fast.latents.store import LatentStore
 from rae_fast.rng import Stream
@@ -34,25 +33,26 @@ from rae_fast.training.batching import (
     plan_batches,
 )
 from rae_fast.training.checkpoint import Checkpointer
+from rae_fast.training.deepspeed_setup import read_deepspeed_config, zero_stage
 from rae_fast.training.dit_setup import (
+    TrainingData,
     build_model,
-    facts_about,
-    identity,
     load_pretrained,
-    open_training_store,
+    open_training_data,
     training_flops,
 )
 from rae_fast.training.engine import RECORD, Engine
 from rae_fast.training.export import export_weights
 from rae_fast.training.memory import advise, plan_memory
 from rae_fast.training.monitor import Monitor, peak_flops
+from rae_fast.training.online_evaluation import OnlineEvaluation
+from rae_fast.training.pairs import PairMaker
 from rae_fast.training.previews import Previews, decoder_of, has_decoder
 from rae_fast.training.run_folder import StopSignals, describe_run, plain, run_folder, share_threads, sole_run
 from rae_fast.training.schedule import build_schedule
 from rae_fast.training.stall import Heartbeat
 from rae_fast.training.trace import StepTrace
 from rae_fast.training.wandb_sink import open_sink
-from rae_fast.transport.objective import Transport
 
 # Edges of the timestep bands whose losses are logged apart.
 BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -78,13 +78,20 @@ def train_dit(config: Config, ranks: Ranks | None = None, *, name: str = "dit") 
     device = pick_device(config.runtime.device, ranks.local_rank)
     share_threads(ranks, device)
     folder = run_folder(config, name)
-    geometry = resolve_geometry(config)
     batches = plan_batches(config.training, ranks)
-    store, geometry = open_training_store(config, geometry)
+    data = open_training_data(config, batches, ranks, device)
     init_distributed(ranks, device)
     with sole_run(folder, ranks), StopSignals() as signals:
-        describe_run(folder, config, ranks, device, identity(config, store, batches), store=facts_about(store))
-        return DiTRun(config, geometry, store, batches, ranks, device, folder).train(signals)
+        describe_run(folder, config, ranks, device, data.identity, data=data.facts)
+        run = None
+        try:
+            run = DiTRun(config, data, batches, ranks, device, folder)
+            return run.train(signals)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(config, data, batches, ranks, device, error) from error
+        finally:
+            if run is not None:
+                run.close()
 
 
 class DiTRun:
@@ -92,8 +99,7 @@ class DiTRun:
 
     Args:
         config: the whole configuration.
-        geometry: sizes, number of classes included.
-        store: latents.
+        data: what is trained on.
         batches: batch sizes.
         ranks: this process among all.
         device: where this rank computes.
@@ -103,20 +109,19 @@ class DiTRun:
     def __init__(
         self,
         config: Config,
-        geometry: Geometry,
-        store: LatentStore,
+        data: TrainingData,
         batches: BatchPlan,
         ranks: Ranks,
         device: torch.device,
         folder: Path,
     ) -> None:
-        training = config.training
+        training, geometry = config.training, data.geometry
         self.config, self.geometry, self.batches, self.ranks, self.device = config, geometry, batches, ranks, device
         self.folder, self.seed = folder, training.global_seed
-        self.stream = self._open_stream(store)
+        self.stream = self._open_stream(data)
         self.steps_per_epoch = self.stream.epoch_images // batches.global_batch
         self.total_steps = count_steps(training, self.steps_per_epoch)
-        self.transport = Transport.from_config(config, geometry.latent_shape)
+        self.pairs = PairMaker(config, geometry.latent_shape)
         self.checkpoints = Checkpointer(
             folder / "checkpoints", ranks, keep=training.keep_checkpoints, keep_every=training.keep_every
         )
@@ -132,15 +137,19 @@ class DiTRun:
         if state is not None:
             self.monitor.load_state(state["monitor"])
         self.saved_step = self.engine.steps if state is not None else -1
-        self.previews = self._build_previews(store)
+        self.previews = self._build_previews(data.store)
+        self.evaluation = self._build_evaluation(data.store)
         self._bands = torch.tensor(BANDS[1:-1], device=device)
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
-    def _open_stream(self, store: LatentStore) -> BatchStream:
+    def _open_stream(self, data: TrainingData) -> BatchStream:
+        if data.online is not None:
+            return data.online
+        assert data.store is not None
         return build_loader(
             self.config.loader,
-            store,
+            data.store,
             batch_size=self.batches.micro_batch,
             images_per_step=self.batches.global_batch,
             seed=self.seed,
@@ -192,7 +201,7 @@ class DiTRun:
         known = self.ranks.is_main and peak_flops(self.device) is not None
         return training_flops(self.config, self.geometry) if known else None
 
-    def _build_previews(self, store: LatentStore) -> Previews | None:
+    def _build_previews(self, store: LatentStore | None) -> Previews | None:
         if not self.config.training.sample_every:
             return None
         if not has_decoder(self.config):
@@ -202,27 +211,34 @@ class DiTRun:
         rae = decoder_of(self.config, store, self.device)
         return Previews(self.config, self.geometry, rae, self.folder)
 
+    def _build_evaluation(self, store: LatentStore | None) -> OnlineEvaluation | None:
+        if not self.config.eval.eval_interval or store is None:
+            return None
+        return OnlineEvaluation(
+            self.config, self.geometry, store, self.folder, self.ranks, self.device, self.engine.steps
+        )
+
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self, signals: StopSignals) -> dict[str, Any]:
         """Steps until the end, a signal, or an error."""
         trace = StepTrace(self.config.runtime.profile, self.folder, self.ranks)
         self.model.train()
-        try:
-            with Heartbeat(self.folder, self.ranks, self.config.runtime.stall_s) as heartbeat:
-                while self.engine.steps < self.total_steps and not self.monitor.stop:
-                    step = self.engine.steps + 1
-                    self.engine.stop_requested = signals.requested
-                    trace.before(step)
-                    self.one_step(heartbeat)
-                    trace.after(step)
-                    heartbeat.stepped(step)
-                    self.at_intervals(step, heartbeat)
-                return self.finish(heartbeat)
-        except torch.OutOfMemoryError as error:
-            raise self.out_of_memory(error) from error
-        finally:
-            self.stream.close()
+        with Heartbeat(self.folder, self.ranks, self.config.runtime.stall_s) as heartbeat:
+            while self.engine.steps < self.total_steps and not self.monitor.stop:
+                step = self.engine.steps + 1
+                self.engine.stop_requested = signals.requested
+                trace.before(step)
+                self.one_step(heartbeat)
+                trace.after(step)
+                heartbeat.stepped(step)
+                self.at_intervals(step, heartbeat)
+            return self.finish(heartbeat)
+
+    def close(self) -> None:
+        """Stop the loader's thread and give the engine's memory back."""
+        self.stream.close()
+        self.engine.close()
 
     def one_step(self, heartbeat: Heartbeat) -> None:
         """One optimizer step: all its micro-batches, then the update."""
@@ -248,12 +264,9 @@ class DiTRun:
 
     def loss(self, batch: LatentBatch) -> Tensor:
         """Mean flow-matching loss of a micro-batch; its sums by timestep band go to the engine's record."""
-        draw = (self.seed, batch.epoch, batch.index_B)
-        t_B = self.transport.sample_time(rng.uniform(*draw, Stream.TIME))
-        noise_BCHW = rng.normal(*draw, Stream.NOISE, tuple(batch.latents_BCHW.shape[1:]))
-        drop_B = rng.uniform(*draw, Stream.LABEL_DROP)
+        drop_B = rng.uniform(self.seed, batch.epoch, batch.index_B, Stream.LABEL_DROP)
         model = partial(self._predict, batch.labels_B, drop_B)
-        loss_B = self.transport.loss(model, batch.latents_BCHW, t_B, noise_BCHW)
+        loss_B, t_B = self.pairs.loss(model, batch, self.seed)
         self.engine.observe(self.by_band(loss_B.detach(), t_B))
         return loss_B.mean()
 
@@ -278,6 +291,13 @@ class DiTRun:
             path = self.previews.draw(self.engine, step)
             if path is not None and self.monitor.sink is not None:
                 self.monitor.sink.image("samples", path, step * self.batches.global_batch)
+        if self.evaluation is not None and step % self.config.eval.eval_interval == 0:
+            heartbeat.enter("evaluation")
+            for line in self.evaluation.evaluate(self.engine, step, step * self.batches.global_batch):
+                if self.monitor.sink is not None:
+                    self.monitor.sink.log(
+                        {f"eval/{line['weights']}/fd_latent": line["fd_latent"], "images": line["images"]}
+                    )
         if self.checkpoint_every and step % self.checkpoint_every == 0:
             heartbeat.enter("checkpoint")
             self.save()
@@ -308,25 +328,34 @@ class DiTRun:
                 "the same command goes on from here",
                 flush=True,
             )
-        self.engine.close()
         facts = {"step": self.engine.steps, "steps": self.total_steps, "finished": finished}
         return {**facts, "run_folder": str(self.folder)}
 
-    def out_of_memory(self, error: torch.OutOfMemoryError) -> UserError:
-        """What ran out, and what would fit."""
-        plan = plan_memory(
-            self.model,
-            micro_batch=self.batches.micro_batch,
-            world=self.ranks.world,
-            zero_stage=self.engine.zero_stage,
-            averages=len(self.engine.ema.labels),
-            value_bytes=2 if self.config.runtime.precision == "bf16" else 4,
-            checkpointing=self.config.runtime.activation_checkpointing,
-        )
-        available = torch.cuda.get_device_properties(self.device).total_memory
-        found = str(error).split(". ")[0]
-        return UserError(
-            f"out of GPU memory with training.batch_size={self.batches.micro_batch}: {found}",
-            "",
-            f"{advise(plan, available)} (global_batch_size stays: accumulation makes up for it)",
-        )
+
+def out_of_memory(
+    config: Config,
+    data: TrainingData,
+    batches: BatchPlan,
+    ranks: Ranks,
+    device: torch.device,
+    error: torch.OutOfMemoryError,
+) -> UserError:
+    """What ran out, and what would fit."""
+    with torch.device("meta"):
+        model = build_model(config, data.geometry)
+    deepspeed = config.runtime.engine == "deepspeed"
+    plan = plan_memory(
+        model,
+        micro_batch=batches.micro_batch,
+        world=ranks.world,
+        zero_stage=zero_stage(read_deepspeed_config(config.deepspeed)) if deepspeed else 0,
+        averages=len(ema_decays(config.training)),
+        value_bytes=2 if config.runtime.precision == "bf16" else 4,
+        checkpointing=config.runtime.activation_checkpointing,
+    )
+    available = torch.cuda.get_device_properties(device).total_memory
+    return UserError(
+        f"out of GPU memory with training.batch_size={batches.micro_batch}: {str(error).split('. ')[0]}",
+        "",
+        f"{advise(plan, available)} (global_batch_size stays: accumulation makes up for it)",
+    )

@@ -27,12 +27,14 @@ def has_decoder(config: Config) -> bool:
     return bool(config.stage_1.params.pretrained_decoder_path or config.stage_1.ckpt)
 
 
-def decoder_of(config: Config, store: LatentStore, device: torch.device) -> RAE:
-    """The decoding half of the autoencoder, with the store's own statistics.
+def decoder_of(config: Config, store: LatentStore | None, device: torch.device) -> RAE:
+    """The decoding half of the autoencoder, with the store's own statistics; the config's where there is no store.
 
     Raises:
         UserError: see `build_rae`.
     """
+    if store is None:
+        return build_rae(config.stage_1, need_encoder=False).to(device).eval().requires_grad_(False)
     section = replace(config.stage_1, params=replace(config.stage_1.params, normalization_stat_path=None))
     rae = build_rae(section, need_encoder=False)
     rae.latent_mean, rae.latent_var = store.mean.clone(), store.var.clone()
@@ -45,6 +47,11 @@ def training_guidance(config: Config) -> float:
     if config.training.cfg_scale is not None:
         return config.training.cfg_scale
     return config.guidance.scale if config.guidance.method == "cfg" else 1.0
+
+
+def without_guide(config: Config) -> Config:
+    """The config for samples drawn while training, which no second model guides."""
+    return replace(config, guidance=replace(config.guidance, method="cfg", guidance_model=None))
 
 
 def preview_labels(num_classes: int) -> np.ndarray:
@@ -64,8 +71,8 @@ class Previews:
     """
 
     def __init__(self, config: Config, geometry: Geometry, rae: RAE, folder: Path) -> None:
-        guidance = replace(config.guidance, method="cfg", guidance_model=None)
-        self.config, self.geometry = replace(config, guidance=guidance), geometry
+        self.scale = training_guidance(config)
+        self.config, self.geometry = without_guide(config), geometry
         self.rae, self.folder = rae, Path(folder) / "samples"
 
     def draw(self, engine: Engine, step: int) -> Path | None:
@@ -77,7 +84,7 @@ class Previews:
         with applied as module:
             if not engine.ranks.is_main:
                 return None
-            scale = training_guidance(self.config) if module.has_null_label else 1.0
+            scale = self.scale if module.has_null_label else 1.0
             sampler = LatentSampler(module, self.config, self.geometry, guidance_scale=scale)
             labels = preview_labels(module.num_classes)
             images = draw_images(sampler, self.rae, labels, np.arange(len(labels)), SEED)

@@ -23,15 +23,15 @@ STEPS = 60
 START_TIMEOUT_S = 240.0
 
 
-def load_synthetic() -> ModuleType:
-    path = REPOSITORY / "tests/training/synthetic.py"
-    specification = importlib.util.spec_from_file_location("training_synthetic", path)
+def load_tiny_run() -> ModuleType:
+    path = REPOSITORY / "tests/training/tiny_run.py"
+    specification = importlib.util.spec_from_file_location("tiny_run", path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
 
 
-synthetic = load_synthetic()
+tiny_run = load_tiny_run()
 OVERRIDES = (f"training.max_steps={STEPS}", "training.checkpoint_every=5", "training.global_batch_size=16")
 
 
@@ -40,16 +40,14 @@ class Run:
 
     Args:
         folder: holds config and run folder.
-        store: latents.
+        data: encoder and latent store.
         launcher: "python", or "deepspeed" for two ranks.
         overrides: key=value.
     """
 
-    def __init__(self, folder: Path, store: Path, launcher: str, *overrides: str) -> None:
+    def __init__(self, folder: Path, data: tuple[Path, Path], launcher: str, *overrides: str) -> None:
         self.log = folder / "run/log.jsonl"
-        (folder / "config.yaml").write_text(synthetic.CONFIG)
-        tool = [str(REPOSITORY / "tools/train_dit.py"), "--config", str(folder / "config.yaml")]
-        tool += [f"cache.path={store}", f"logging.run_folder={folder / 'run'}", *OVERRIDES, *overrides]
+        tool = [str(REPOSITORY / "tools/train_dit.py"), *tiny_run.write_config(folder, *data), *OVERRIDES, *overrides]
         command = [sys.executable, *tool]
         if launcher == "deepspeed":
             with socket.socket() as probe:
@@ -95,40 +93,41 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
+def data(tiny_encoder: Path, pristine_store: Path) -> tuple[Path, Path]:
+    """Encoder and store."""
     torch.set_num_threads(1)
-    return synthetic.make_store(tmp_path_factory.mktemp("data") / "store")
+    return tiny_encoder, pristine_store
 
 
-def undisturbed_here(folder: Path, store: Path, *overrides: str) -> Path:
+def undisturbed_here(folder: Path, data: tuple[Path, Path], *overrides: str) -> Path:
     """The same run on one rank in this process."""
-    train_dit(synthetic.make_config(folder, store, *OVERRIDES, *overrides))
+    train_dit(tiny_run.make_config(folder, *data, *OVERRIDES, *overrides))
     return folder / "run/log.jsonl"
 
 
-def test_killed_at_random_steps_leaves_the_loss_file_of_the_undisturbed_run(store, tmp_path):
+def test_killed_at_random_steps_leaves_the_loss_file_of_the_undisturbed_run(data, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    expected = undisturbed_here(tmp_path / "a", store, "runtime.engine=ddp")
+    expected = undisturbed_here(tmp_path / "a", data, "runtime.engine=ddp")
     chance = random.Random(5)
     for kill in range(2):
-        run = Run(tmp_path / "b", store, "python", "runtime.engine=ddp")
+        run = Run(tmp_path / "b", data, "python", "runtime.engine=ddp")
         if run.wait_for_step(chance.randrange(10 + 20 * kill, 25 + 20 * kill)):
             run.kill()
-    run = Run(tmp_path / "b", store, "python", "runtime.engine=ddp")
+    run = Run(tmp_path / "b", data, "python", "runtime.engine=ddp")
     assert run.finish() == 0, run.text()
     assert run.log.read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.timeout(900)  # three starts of the launcher
-def test_two_ranks_of_the_deepspeed_launcher_survive_a_kill_and_a_signal(store, tmp_path):
+def test_two_ranks_of_the_deepspeed_launcher_survive_a_kill_and_a_signal(data, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    expected = read_log(undisturbed_here(tmp_path / "a", store))
-    run = Run(tmp_path / "b", store, "deepspeed")
+    expected = read_log(undisturbed_here(tmp_path / "a", data))
+    run = Run(tmp_path / "b", data, "deepspeed")
     assert run.wait_for_step(8), run.text()
     run.kill()
-    run = Run(tmp_path / "b", store, "deepspeed")
+    run = Run(tmp_path / "b", data, "deepspeed")
     assert run.wait_for_step(20), run.text()
     # A scheduler's warning reaches one rank only; all must stop at the same step, with a checkpoint.
     ranks = [child for child in psutil.Process(run.process.pid).children(recursive=True) if is_rank(child)]
@@ -137,7 +136,7 @@ def test_two_ranks_of_the_deepspeed_launcher_survive_a_kill_and_a_signal(store, 
     assert run.step < STEPS, "it must have stopped early"
     assert "with a checkpoint; the same command goes on from here" in run.text()
     # One rank finishes what two began.
-    run = Run(tmp_path / "b", store, "python")
+    run = Run(tmp_path / "b", data, "python")
     assert run.finish() == 0, run.text()
     found = read_log(run.log)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
@@ -152,20 +151,20 @@ def is_rank(process: psutil.Process) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_two_ranks_killed_at_twenty_random_steps_have_the_bytes_of_the_undisturbed_run(store, tmp_path):
+def test_two_ranks_killed_at_twenty_random_steps_have_the_bytes_of_the_undisturbed_run(data, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    run = Run(tmp_path / "a", store, "deepspeed", "training.max_steps=240")
+    run = Run(tmp_path / "a", data, "deepspeed", "training.max_steps=240")
     assert run.finish() == 0, run.text()
     chance = random.Random(0)
     kills = 0
     while kills < 20:
-        run = Run(tmp_path / "b", store, "deepspeed", "training.max_steps=240")
+        run = Run(tmp_path / "b", data, "deepspeed", "training.max_steps=240")
         # Past the newest checkpoint, at any moment of a step or of a checkpoint's writing.
         assert run.wait_for_step(11 * (kills + 1) + chance.randrange(6)), run.text()
         time.sleep(chance.random() * 0.05)
         run.kill()
         kills += 1
-    run = Run(tmp_path / "b", store, "deepspeed", "training.max_steps=240")
+    run = Run(tmp_path / "b", data, "deepspeed", "training.max_steps=240")
     assert run.finish() == 0, run.text()
     assert run.log.read_bytes() == (tmp_path / "a/run/log.jsonl").read_bytes()

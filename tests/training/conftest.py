@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from rae_fast.config import Optimizer, Runtime
+from rae_fast.config import Config, Optimizer, Runtime
 from rae_fast.runtime import Ranks
 from rae_fast.training.engine import Engine
 
@@ -75,3 +76,16 @@ def make_engine() -> Iterator[MakeEngine]:
     yield make
     for engine in made:
         engine.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_encoder: Path, pristine_store: Path) -> Callable[..., Config]:
+    """`tiny_config(folder, "key=value", ..., run="run")`: the config of a tiny run in `folder`/`run`."""
+    from . import tiny_run
+
+    torch.set_num_threads(1)
+
+    def make(folder: Path, *overrides: str, run: str = "run") -> Config:
+        return tiny_run.make_config(folder, tiny_encoder, pristine_store, *overrides, run=run)
+
+    return make

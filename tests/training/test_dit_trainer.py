@@ -19,22 +19,16 @@ from rae_fast.training.dit_trainer import DiTRun, train_dit
 from rae_fast.training.export import checkpoint_weights
 from rae_fast.training.monitor import read_log
 
-from .synthetic import make_config, make_store
+from .tiny_run import STEPS_PER_EPOCH
 
 DDP = "runtime.engine=ddp"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    torch.set_num_threads(1)
-    return make_store(tmp_path_factory.mktemp("data") / "store")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, store) -> Path:
-    """Run folder of twelve undisturbed steps: three epochs of four."""
+def undisturbed(tmp_path_factory, tiny_config) -> Path:
+    """Run folder of twelve undisturbed steps: six epochs of two."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    result = train_dit(make_config(folder, store, DDP))
+    result = train_dit(tiny_config(folder, DDP))
     assert result["finished"]
     return folder / "run"
 
@@ -45,38 +39,40 @@ def losses(folder: Path) -> list[float]:
 
 def model_of(config: Config) -> torch.nn.Module:
     geometry = resolve_geometry(config)
-    return build_dit(config.stage_2.target, {**dit_params(config, geometry), "num_classes": 4})
+    return build_dit(config.stage_2.target, {**dit_params(config, geometry), "num_classes": 3})
 
 
 @pytest.mark.parametrize("stop", [2, 6, 11])
-def test_run_continued_in_mid_epoch_has_the_bytes_of_the_undisturbed_one(stop, store, undisturbed, tmp_path):
-    train_dit(make_config(tmp_path, store, DDP, f"training.max_steps={stop}"))
+def test_run_continued_in_mid_epoch_has_the_bytes_of_the_undisturbed_one(stop, tiny_config, undisturbed, tmp_path):
+    train_dit(tiny_config(tmp_path, DDP, f"training.max_steps={stop}"))
     torch.rand(7)  # no state of torch's own generators may matter
-    train_dit(make_config(tmp_path, store, DDP))
+    train_dit(tiny_config(tmp_path, DDP))
     assert (tmp_path / "run/log.jsonl").read_bytes() == (undisturbed / "log.jsonl").read_bytes()
     for name in ("ema-0.9.safetensors", "ema-0.5.safetensors"):
         assert (tmp_path / "run/export" / name).read_bytes() == (undisturbed / "export" / name).read_bytes()
 
 
-def test_default_engine_is_deepspeed_stage_1_with_the_losses_of_ddp(store, undisturbed, tmp_path):
-    train_dit(make_config(tmp_path, store))
+def test_default_engine_is_deepspeed_stage_1_with_the_losses_of_ddp(tiny_config, undisturbed, tmp_path):
+    train_dit(tiny_config(tmp_path))
     assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed), abs=1e-5)
 
 
-def test_accumulation_is_the_same_run(store, undisturbed, tmp_path):
-    train_dit(make_config(tmp_path, store, DDP, "training.batch_size=4"))
+def test_accumulation_is_the_same_run(tiny_config, undisturbed, tmp_path):
+    train_dit(tiny_config(tmp_path, DDP, "training.batch_size=4"))
     assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed), abs=1e-5)
     lines = read_log(tmp_path / "run/log.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 13)), "steps are optimizer steps"
 
 
-def test_activation_checkpointing_changes_no_loss(store, undisturbed, tmp_path):
-    train_dit(make_config(tmp_path, store, DDP, "runtime.activation_checkpointing=true"))
+def test_activation_checkpointing_changes_no_loss(tiny_config, undisturbed, tmp_path):
+    train_dit(tiny_config(tmp_path, DDP, "runtime.activation_checkpointing=true"))
     assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed), abs=1e-6)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_makes_a_checkpoint_and_the_same_command_goes_on(number, store, undisturbed, tmp_path, monkeypatch):
+def test_signal_makes_a_checkpoint_and_the_same_command_goes_on(
+    number, tiny_config, undisturbed, tmp_path, monkeypatch
+):
     one_step = DiTRun.one_step
 
     def step_then_signal(self, heartbeat) -> None:
@@ -86,32 +82,32 @@ def test_signal_makes_a_checkpoint_and_the_same_command_goes_on(number, store, u
 
     with monkeypatch.context() as patch:
         patch.setattr(DiTRun, "one_step", step_then_signal)
-        result = train_dit(make_config(tmp_path, store, DDP))
+        result = train_dit(tiny_config(tmp_path, DDP))
     assert not result["finished"]
     assert 5 < result["step"] < 12
     assert not (tmp_path / "run/export").exists()
-    result = train_dit(make_config(tmp_path, store, DDP))
+    result = train_dit(tiny_config(tmp_path, DDP))
     assert result["finished"]
     assert (tmp_path / "run/log.jsonl").read_bytes() == (undisturbed / "log.jsonl").read_bytes()
 
 
-def test_finished_run_can_be_started_again(store, tmp_path):
-    config = make_config(tmp_path, store, DDP, "training.max_steps=3")
+def test_finished_run_can_be_started_again(tiny_config, tmp_path):
+    config = tiny_config(tmp_path, DDP, "training.max_steps=3")
     first = train_dit(config)
     log = (tmp_path / "run/log.jsonl").read_bytes()
     assert train_dit(config) == first
     assert (tmp_path / "run/log.jsonl").read_bytes() == log
 
 
-def test_exports_are_the_references_files_and_the_checkpoints_weights(store, undisturbed, tmp_path):
-    config = make_config(tmp_path, store, DDP)
+def test_exports_are_the_references_files_and_the_checkpoints_weights(tiny_config, undisturbed, tmp_path):
+    config = tiny_config(tmp_path, DDP)
     released, training = model_of(config), model_of(config)
     load_dit_weights(released, undisturbed / "export/stage2_model.pt")
     load_dit_weights(training, undisturbed / "export/checkpoint.pt", which="model")
     ema = load_file(undisturbed / "export/ema-0.9.safetensors")
     assert all(torch.equal(value, ema[name]) for name, value in released.state_dict().items())
     content = torch.load(undisturbed / "export/checkpoint.pt", weights_only=True)
-    assert (content["step"], content["epoch"]) == (12, 3)
+    assert (content["step"], content["epoch"]) == (12, 12 // STEPS_PER_EPOCH)
     from_checkpoint = checkpoint_weights(undisturbed / "checkpoints")
     assert all(torch.equal(value, from_checkpoint[name]) for name, value in ema.items())
     online = checkpoint_weights(undisturbed / "checkpoints/step-0000012", ema="online")
@@ -120,17 +116,17 @@ def test_exports_are_the_references_files_and_the_checkpoints_weights(store, und
         checkpoint_weights(undisturbed / "checkpoints", ema="0.7")
 
 
-def test_fine_tuning_starts_from_the_given_weights(store, undisturbed, tmp_path):
+def test_fine_tuning_starts_from_the_given_weights(tiny_config, undisturbed, tmp_path):
     ckpt = f"stage_2.ckpt={undisturbed / 'export/stage2_model.pt'}"
     freeze = ("training.optimizer.lr=1e-12", "training.scheduler.final_lr=1e-12", "training.max_steps=1")
-    train_dit(make_config(tmp_path, store, DDP, ckpt, *freeze))
+    train_dit(tiny_config(tmp_path, DDP, ckpt, *freeze))
     tuned = torch.load(tmp_path / "run/export/stage2_model.pt", weights_only=True)
     given = torch.load(undisturbed / "export/stage2_model.pt", weights_only=True)
     assert all(torch.allclose(tuned[name], given[name], atol=1e-6) for name in given), "EMA included"
 
 
-def test_fine_tuning_on_other_classes_keeps_all_but_the_label_table(store, undisturbed, tmp_path):
-    config = make_config(tmp_path, store, DDP)
+def test_fine_tuning_on_other_classes_keeps_all_but_the_label_table(tiny_config, undisturbed, tmp_path):
+    config = tiny_config(tmp_path, DDP)
     model = build_dit(config.stage_2.target, {**dit_params(config, resolve_geometry(config)), "num_classes": 7})
     fresh = model.y_embedder.embedding_table.weight.detach().clone()
     dit_setup.load_pretrained(model, str(undisturbed / "export/stage2_model.pt"))
@@ -141,8 +137,8 @@ def test_fine_tuning_on_other_classes_keeps_all_but_the_label_table(store, undis
     assert torch.equal(model.final_layer.linear.weight, given["final_layer.linear.weight"])
 
 
-def test_label_drop_of_1_is_unconditional_training(store, tmp_path):
-    train_dit(make_config(tmp_path, store, DDP, "stage_2.params.class_dropout_prob=1.0", "training.max_steps=8"))
+def test_label_drop_of_1_is_unconditional_training(tiny_config, tmp_path):
+    train_dit(tiny_config(tmp_path, DDP, "stage_2.params.class_dropout_prob=1.0", "training.max_steps=8"))
     table = torch.load(tmp_path / "run/export/checkpoint.pt", weights_only=True)["model"][dit_setup.LABEL_TABLE]
     torch.manual_seed(3)
     start = build_dit(
@@ -153,24 +149,24 @@ def test_label_drop_of_1_is_unconditional_training(store, tmp_path):
             "num_heads": [2, 2],
             "class_dropout_prob": 1.0,
             "input_size": 4,
-            "in_channels": 8,
-            "num_classes": 4,
+            "in_channels": 32,
+            "num_classes": 3,
         },
     ).y_embedder.embedding_table.weight
-    assert torch.equal(table[:4], start[:4]), "no label was ever used"
-    assert not torch.equal(table[4], start[4])
+    assert torch.equal(table[:3], start[:3]), "no label was ever used"
+    assert not torch.equal(table[3], start[3])
 
 
-def test_non_finite_training_stops_and_keeps_the_checkpoint_before(store, tmp_path):
-    train_dit(make_config(tmp_path, store, DDP, "training.max_steps=4"))
+def test_non_finite_training_stops_and_keeps_the_checkpoint_before(tiny_config, tmp_path):
+    train_dit(tiny_config(tmp_path, DDP, "training.max_steps=4"))
     wild = ("training.optimizer.lr=1e38", "training.scheduler.type=constant", "training.max_nonfinite=3")
     with pytest.raises(UserError, match="not finite for 3 steps in a row"):
-        train_dit(make_config(tmp_path, store, DDP, *wild, "training.checkpoint_every=100", "training.max_steps=50"))
+        train_dit(tiny_config(tmp_path, DDP, *wild, "training.checkpoint_every=100", "training.max_steps=50"))
     events = read_log(tmp_path / "run/events.jsonl")
     assert len(events) == 3
-    assert all(len(event["samples"]) == 16 and set(event["samples"]) <= set(range(64)) for event in events)
+    assert all(len(event["samples"]) == 16 and set(event["samples"]) <= set(range(41)) for event in events)
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-0000004\n"
-    result = train_dit(make_config(tmp_path, store, DDP))
+    result = train_dit(tiny_config(tmp_path, DDP))
     assert result["finished"]
 
 
@@ -185,22 +181,24 @@ def refused(config: Config, monkeypatch, match: str) -> None:
         train_dit(config)
 
 
-def test_store_of_other_latents_is_refused(tmp_path, monkeypatch):
-    other = make_store(tmp_path / "store", 16, (8, 2, 2))
-    refused(make_config(tmp_path, other, DDP), monkeypatch, r"latent_shape is \[8, 2, 2\]; expected \[8, 4, 4\]")
+def test_store_of_other_latents_is_refused(tiny_config, tmp_path, monkeypatch):
+    other = ("stage_1.params.encoder_params={}", "stage_1.params.encoder_input_size=56", "misc.latent_size=[8,4,4]")
+    config = tiny_config(tmp_path, DDP, *other, "stage_1.params.encoder_params.dinov2_path=null")
+    refused(config, monkeypatch, r"latent_shape is \[32, 4, 4\]; expected \[8, 4, 4\]")
 
 
-def test_store_of_another_encoder_input_is_refused(tmp_path, monkeypatch):
-    other = make_store(tmp_path / "store", 16, input_size=64)
-    refused(make_config(tmp_path, other, DDP), monkeypatch, r"encoder\.input_size is 64; expected 56")
+def test_store_of_another_encoder_input_is_refused(tiny_config, tmp_path, monkeypatch):
+    other = ("stage_1.params.encoder_input_size=56", "misc.latent_size=[32,4,4]")
+    config = tiny_config(tmp_path, DDP, *other, "stage_1.params.encoder_params.dinov2_path=null")
+    refused(config, monkeypatch, r"encoder\.input_size is 32; expected 56")
 
 
-def test_too_few_classes_are_refused(store, tmp_path, monkeypatch):
-    refused(make_config(tmp_path, store, DDP, "misc.num_classes=2"), monkeypatch, r"labels up to 3.*num_classes 4")
+def test_too_few_classes_are_refused(tiny_config, tmp_path, monkeypatch):
+    refused(tiny_config(tmp_path, DDP, "misc.num_classes=2"), monkeypatch, r"labels up to 2.*num_classes 3")
 
 
-def test_missing_store_is_refused(tmp_path, monkeypatch):
-    refused(make_config(tmp_path, tmp_path / "none", DDP), monkeypatch, "no latent store")
+def test_missing_store_is_refused(tiny_config, tmp_path, monkeypatch):
+    refused(tiny_config(tmp_path, DDP, f"cache.path={tmp_path / 'none'}"), monkeypatch, "no latent store")
 
 
 @pytest.mark.parametrize(
@@ -212,19 +210,19 @@ def test_missing_store_is_refused(tmp_path, monkeypatch):
         ("training.ema_decay=0.99", r"holds EMA 0\.9, 0\.5"),
     ],
 )
-def test_run_folder_of_another_run_is_refused(change, match, store, tmp_path):
-    train_dit(make_config(tmp_path, store, DDP, "training.max_steps=1"))
+def test_run_folder_of_another_run_is_refused(change, match, tiny_config, tmp_path):
+    train_dit(tiny_config(tmp_path, DDP, "training.max_steps=1"))
     with pytest.raises(UserError, match=match):
-        train_dit(make_config(tmp_path, store, DDP, change))
+        train_dit(tiny_config(tmp_path, DDP, change))
 
 
-def test_batch_larger_than_the_data_is_refused(store, tmp_path):
-    with pytest.raises(UserError, match="64 images are fewer than the 128"):
-        train_dit(make_config(tmp_path, store, DDP, "training.global_batch_size=128"))
+def test_batch_larger_than_the_data_is_refused(tiny_config, tmp_path):
+    with pytest.raises(UserError, match="40 images are fewer than the 128"):
+        train_dit(tiny_config(tmp_path, DDP, "training.global_batch_size=128"))
 
 
-def test_profiler_trace_of_some_steps(store, tmp_path):
-    train_dit(make_config(tmp_path, store, DDP, "runtime.profile=2..3", "training.max_steps=4"))
+def test_profiler_trace_of_some_steps(tiny_config, tmp_path):
+    train_dit(tiny_config(tmp_path, DDP, "runtime.profile=2..3", "training.max_steps=4"))
     assert (tmp_path / "run/profile/steps-2-3.json").stat().st_size > 1000
 
 
