@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import zlib
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from io import BytesIO
 from struct import error as StructError
 
@@ -21,6 +22,8 @@ MAX_DALI_PIXELS = 20_000_000
 END_OF_IMAGE = b"\xff\xd9"
 TAIL_BYTES = 64 * 1024
 JPEG_START = b"\xff\xd8\xff"
+# Formats that data sets hold. Not all that PIL knows: it hands PostScript to an interpreter.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
 # Large images take turns: at 100 megapixels each holds close to a gigabyte while it is converted.
 LARGE = threading.Lock()
 # What PIL's decoders raise on damaged bytes. Nothing else is caught: another exception is a fault of ours.
@@ -35,7 +38,7 @@ PIL_FAILURES = (
     AttributeError,
     OverflowError,
     ZeroDivisionError,
-    NotImplementedError,
+    RuntimeError,
     MemoryError,
     StructError,
     zlib.error,
@@ -65,7 +68,7 @@ def decode_pil(data: bytes) -> np.ndarray:
         ReadError: PIL cannot; the reason in one line.
     """
     try:
-        with Image.open(BytesIO(data)) as image, _one_at_a_time(image.width * image.height):
+        with Image.open(BytesIO(data), formats=_formats()) as image, _one_at_a_time(image.width * image.height):
             return np.asarray(image.convert("RGB"))
     except PIL_FAILURES as error:
         text = " ".join(str(error).split()) or type(error).__name__
@@ -75,3 +78,10 @@ def decode_pil(data: bytes) -> np.ndarray:
 
 def _one_at_a_time(pixels: int) -> AbstractContextManager:
     return LARGE if pixels > MAX_DALI_PIXELS else nullcontext()
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of our formats that this build of PIL reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]

@@ -28,12 +28,12 @@ SIDE = 48
 Write = Callable[[dict[str, bytes]], Path]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def good(photo: Callable, encode: Callable) -> dict[str, bytes]:
     return {f"{i:02d}.jpg": encode(photo(60 + 13 * i, 150 - 9 * i, i), quality=80 + i) for i in range(11)}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def dialects(photo: Callable, encode: Callable) -> dict[str, bytes]:
     """Everything that data sets hold under the name of .JPEG, and that PIL reads."""
     image = Image.fromarray(photo(131, 97))
@@ -169,6 +169,29 @@ def test_reasons_say_what_is_wrong(write_files: Write, good: dict, dialects: dic
     assert reasons["html.jpg"] == "cannot identify image file"
     assert "truncated" in reasons["truncated.jpg"]
     assert "too narrow" in reasons["strip.jpg"]
+
+
+def test_postscript_is_never_run(write_files: Write, photo: Callable) -> None:
+    file = BytesIO()
+    Image.fromarray(photo(30, 30)).save(file, "EPS")
+    index = index_of(write_files({"drawing.jpg": file.getvalue()}))
+    *_, failures = collect(ImagePipeline(index, None, SIDE, threads=1))
+    assert failures[0].reason == "cannot identify image file"
+
+
+def test_bytes_damaged_at_random_never_stop_anything(write_files: Write, dialects: dict) -> None:
+    random = np.random.default_rng(0)
+    files = {}
+    for number in range(150):
+        name = list(dialects)[number % len(dialects)]
+        data = bytearray(dialects[name])
+        for at in random.integers(0, len(data), 4):
+            data[at] = random.integers(0, 256)
+        files[f"{number:03d}-{name}"] = bytes(data[: random.integers(1, 2 * len(data))])
+    pipeline = ImagePipeline(index_of(write_files(files)), None, SIDE, batch_size=16, threads=2)
+    positions, _, valid_N, failures = collect(pipeline)
+    assert positions == list(range(150))
+    assert 10 < int(valid_N.sum()) == 150 - len(failures) < 140
 
 
 def test_a_batch_that_dali_loses_is_decoded_image_by_image(
