@@ -10,8 +10,10 @@ from torch import Tensor
 
 from rae_fast.config import Config, Misc, SamplerParams, SamplerSection, TransportParams
 from rae_fast.errors import UserError
-from rae_fast.transport.grid import time_grid
-from rae_fast.transport.objective import TimeDistribution, Transport, shift_from_size, shift_time
+from rae_fast.transport.grid import GRIDS, time_grid
+from rae_fast.transport.guidance import guided_velocity
+from rae_fast.transport.objective import PREDICTIONS, TimeDistribution, Transport, shift_from_size, shift_time
+from rae_fast.transport.paths import PATHS
 from rae_fast.transport.samplers import ADAPTIVE, sample, sample_ode
 from rae_fast.transport.sde import sample_sde
 
@@ -58,6 +60,25 @@ def test_adaptive_methods_never_ask_for_times_below_0_on_the_full_grid(method: s
     end = sample_ode(velocity, torch.ones(1), method=method, grid="full", rtol=1e-5)
     assert min(seen) >= 0
     assert end.item() == pytest.approx(torch.tensor(-0.5).exp().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("mode", "method"), [("ODE", "euler"), ("ODE", "rk4"), ("SDE", "euler"), ("SDE", "heun")])
+def test_fixed_step_methods_never_read_values_back(mode: str, method: str, prediction: str) -> None:
+    """On the meta device tensors have no values: whatever waits for one on a GPU fails here."""
+    noise = torch.empty(2, 3, 4, 4, device="meta")
+    labels = torch.empty(2, dtype=torch.int64, device="meta")
+
+    def model(x: Tensor, t_B: Tensor, y: Tensor) -> Tensor:
+        return x * t_B.reshape(-1, 1, 1, 1) + y.reshape(-1, 1, 1, 1)
+
+    for path in PATHS:
+        transport = Transport(TransportParams(path_type=path, prediction=prediction))
+        guided = guided_velocity(model, y=labels, null_label=9, scale=2.0, t_min=0.3, t_max=0.8)
+        for grid in GRIDS:
+            section = SamplerSection(mode, SamplerParams(sampling_method=method, num_steps=6, grid=grid))
+            end = sample(section, transport, guided, noise, lambda step: torch.empty_like(noise))
+            assert (end.shape, end.dtype) == (noise.shape, noise.dtype)
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
