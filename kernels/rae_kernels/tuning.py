@@ -38,8 +38,12 @@ def lookup(
     """
     if device.type != "cuda":
         return default
-    key = (*_machine(device.index or 0), operation, describe(shape), name(dtype))
-    return table().get(key, default)
+    return table().get(_key(operation, shape, dtype, device), default)
+
+
+def known(operation: str, shape: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this operation was measured on this kind of GPU."""
+    return device.type == "cuda" and _key(operation, shape, dtype, device) in table()
 
 
 def describe(shape: Mapping[str, int]) -> str:
@@ -119,8 +123,7 @@ def record(
     operation: str, shape: Mapping[str, int], dtype: torch.dtype, device: torch.device, config: Config, path: Path
 ) -> None:
     """Add one measured configuration to the table at `path` and to this process."""
-    entries = read(path)
-    key = (*_machine(device.index or 0), operation, describe(shape), name(dtype))
+    entries, key = read(path), _key(operation, shape, dtype, device)
     entries[key] = config
     write(path, entries)
     table()[key] = config
@@ -134,6 +137,10 @@ def agree() -> None:
     torch.distributed.broadcast_object_list(box, src=0)
     table().clear()
     table().update(box[0])
+
+
+def _key(operation: str, shape: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> Key:
+    return (*_machine(device.index or 0), operation, describe(shape), name(dtype))
 
 
 @functools.cache
