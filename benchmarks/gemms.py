@@ -39,9 +39,7 @@ def main() -> None:
     model = from_preset(args.model, args.tokens, 768)
     rows = [r for name, shape in shapes(model, args.samples).items() for r in product_rows(name, *shape)]
     rows += modulation_rows(model.trunk, args.samples)
-    question = (
-        f"How fast are {args.model}'s matrix products? Product of 8192^3: {reached['product_tflop_s']:.0f} TFLOP/s"
-    )
+    question = f"How fast are {args.model}'s products, where 8192^3 run at {reached['product_tflop_s']:.0f} TFLOP/s?"
     result = make_result("gemms", question, rows[0]["name"], rows, "cuda", samples=args.samples, ceilings=reached)
     print_table(result)
     if args.out:
@@ -78,7 +76,7 @@ def product_rows(name: str, rows: int, inputs: int, outputs: int) -> list[dict[s
 
 
 def modulation_rows(stack: Stack, samples: int) -> list[dict[str, Any]]:
-    """All blocks' modulations of one condition per sample: in turn, at once, and at once with the weights joined first."""
+    """All blocks' modulations of one condition per sample: in turn, at once, and joined first."""
     condition = _random(samples, stack.width).requires_grad_()
     weights = [_random(6 * stack.width, stack.width).requires_grad_() for _ in range(stack.depth)]
     joined = torch.cat([w.detach() for w in weights]).requires_grad_()
