@@ -123,9 +123,10 @@ def write_batch(
     build: Build, batch: RawBatch, files: dict[str, ShardFile], record: ShardRecord, error: CodecError
 ) -> None:
     """Normalize a batch, encode it and append it to its shard's files."""
-    for name, plane in batch.planes.items():
+    for name, file in files.items():  # a repair writes fewer planes than an import reads
+        plane = batch.planes[name]
         if name == PIXELS:
-            files[name].append(plane.cpu().numpy())
+            file.append(plane.cpu().numpy())
             continue
         z_BCHW = build.normalize(plane)
         keep_B = batch.valid_B.to(z_BCHW.device)
@@ -134,7 +135,7 @@ def write_batch(
         if keep_B.any():
             kept_scales = None if scales is None else scales[keep_B]
             error.update(z_BCHW[keep_B], build.codec.decode(stored[keep_B], kept_scales))
-        files[name].append(stored.cpu().numpy(), None if scales is None else scales.cpu().numpy())
+        file.append(stored.cpu().numpy(), None if scales is None else scales.cpu().numpy())
     record.valid += batch.valid_B.tolist()
     record.failures += [Failure(*failure) for failure in batch.failures]
 

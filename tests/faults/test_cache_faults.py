@@ -20,7 +20,7 @@ from PIL import Image
 from rae_fast.config import Config
 from rae_fast.errors import UserError
 from rae_fast.images.index import ImageIndex, build_index
-from rae_fast.latents import lock, writer
+from rae_fast.latents import lock, sources
 from rae_fast.latents.layout import WORK
 from rae_fast.latents.store import open_store
 from rae_fast.latents.writer import build_cache
@@ -107,7 +107,7 @@ def test_image_that_vanishes_during_the_build_becomes_a_failure(
         (source / index.paths[3]).unlink()
         return index
 
-    monkeypatch.setattr(writer, "build_index", index_then_lose)
+    monkeypatch.setattr(sources, "build_index", index_then_lose)
     report = build_cache(cache_config(tmp_path / "store", f"data.source={source}"))
     assert report.failures == 2
     store = open_store(tmp_path / "store")
