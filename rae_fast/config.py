@@ -333,6 +333,7 @@ class Runtime:
     compile: bool = False
     activation_checkpointing: bool = False
     profile: str | None = None  # steps to trace, as "10..15"
+    deterministic: bool = False  # kernels whose sums have a fixed order: two runs on one machine agree bit for bit
     stall_s: float = 300.0  # say which rank waits for what when no training step has ended for so long
 
 

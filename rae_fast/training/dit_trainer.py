@@ -8,6 +8,7 @@ Shapes: B samples of a micro-batch, C, H, W of a latent.
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import asdict
 from functools import partial
@@ -224,6 +225,9 @@ class DiTRun:
         """Steps until the end, a signal, or an error."""
         trace = StepTrace(self.config.runtime.profile, self.folder, self.ranks)
         self.model.train()
+        # What is alive now lives to the end: collections in the loop need not look at it again.
+        gc.collect()
+        gc.freeze()
         with Heartbeat(self.folder, self.ranks, self.config.runtime.stall_s) as heartbeat:
             while self.engine.steps < self.total_steps and not self.monitor.stop:
                 step = self.engine.steps + 1

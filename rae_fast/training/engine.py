@@ -13,6 +13,7 @@ with `bf16.enabled` keeps bfloat16 parameters and float32 masters in ZeRO's shar
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -84,6 +85,8 @@ class Engine:
         self._autocast = runtime.precision == "bf16"
         self._compile = runtime.compile
         set_precision(runtime.precision)
+        if runtime.deterministic:
+            choose_deterministic_kernels()
         # Copied before compilation and wrapping: a copy of a compiled module still calls the original's weights.
         self._blueprint = blueprint(module)
         self._frozen = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if not p.requires_grad}
@@ -300,6 +303,12 @@ class Engine:
         """Give DeepSpeed's buffers and hooks back, for another engine in this process."""
         if self._deepspeed is not None:
             self._deepspeed.destroy()
+
+
+def choose_deterministic_kernels() -> None:
+    """Refuse kernels that add in random order; before the first matrix product, as cuBLAS asks."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def blueprint(module: nn.Module) -> nn.Module:

@@ -122,6 +122,7 @@ class Monitor:
         self.last: dict[str, float] = {}
         self._pending: deque[Pending] = deque()
         self._host: list[Tensor] = []
+        self._shown: dict[str, str] = {}  # of the last interval, for the progress line
         self._wait_s, self._since_s, self._since_step = 0.0, time.monotonic(), start_step
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "speed.jsonl", self.events_name):
@@ -219,7 +220,7 @@ class Monitor:
             self.tally.steps += 1
             for name, value in figures.items():
                 self.tally.sums[name] = self.tally.sums.get(name, 0.0) + value
-        self.progress.advance(self.images_per_step, loss=figures["loss"], lr=pending.lr)
+        self.progress.advance(self.images_per_step, loss=figures["loss"], lr=pending.lr, **self._shown)
         if pending.step % self.log_interval == 0:
             self._log(pending)
 
@@ -275,6 +276,9 @@ class Monitor:
         }
         if self.flops_per_image and self.peak_flops:
             speed["mfu"] = rate * self.flops_per_image / (self.peak_flops * self.ranks.world)
+        self._shown = {"wait": f"{speed['data_wait']:.1%}"}
+        if "mfu" in speed:
+            self._shown["mfu"] = f"{speed['mfu']:.1%}"
         if self.ranks.is_main:
             append_line(self.folder / "log.jsonl", line)
             append_line(self.folder / "speed.jsonl", speed)

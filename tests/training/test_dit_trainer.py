@@ -137,6 +137,17 @@ def test_fine_tuning_on_other_classes_keeps_all_but_the_label_table(tiny_config,
     assert torch.equal(model.final_layer.linear.weight, given["final_layer.linear.weight"])
 
 
+def test_tables_that_are_not_learned_stay_what_they_were(tiny_config, undisturbed, tmp_path):
+    model = model_of(tiny_config(tmp_path))
+    trained = torch.load(undisturbed / "export/stage2_model.pt", weights_only=True)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert "pos_embed" in frozen
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        start = model_of(tiny_config(tmp_path)).state_dict()
+    assert all(torch.equal(trained[name], start[name]) for name in frozen)
+
+
 def test_label_drop_of_1_is_unconditional_training(tiny_config, tmp_path):
     train_dit(tiny_config(tmp_path, DDP, "stage_2.params.class_dropout_prob=1.0", "training.max_steps=8"))
     table = torch.load(tmp_path / "run/export/checkpoint.pt", weights_only=True)["model"][dit_setup.LABEL_TABLE]
