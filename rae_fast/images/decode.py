@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rae_fast import rng
 from rae_fast.errors import UserError
-from rae_fast.images.crop import CropPlan, center_plan, crop_exact, random_plan
+from rae_fast.images.crop import CropPlan, center_plan, random_plan
 from rae_fast.images.dali import DaliDecoder
 from rae_fast.images.entries import ImageIndex, ReadError
 from rae_fast.images.feeder import Feeder, Job, Part
@@ -216,15 +216,15 @@ class _Stages:
 
     def _start_crops(self, pool: ThreadPoolExecutor, part: Part, images: list[Any]) -> None:
         job = part.job
-        for task in job.tasks:  # of the part before: no more than two parts are ever held
-            task.result()
+        self._wait(job)  # for the part before: no more than two parts are ever held
         if self._random_crop and job.draws_B2 is None:
             job.draws_B2 = self._random_crop.draws(job.positions_B)
-        for row, image in zip(part.rows, images, strict=True):
+        for row in part.rows:
             job.encoded[row] = None
-            if self._of._crops_on_device:
-                self._crop_on_device(job, row, image)
-            else:
+        if self._of._crops_on_device:
+            self._crop_on_device(job, part.rows, images)
+        else:
+            for row, image in zip(part.rows, images, strict=True):
                 job.tasks.append(pool.submit(self._crop, job, row, np.from_dlpack(image)))
         if part.last:
             left = [(row, data) for row, data in enumerate(job.encoded) if data is not None]
@@ -253,21 +253,33 @@ class _Stages:
         else:
             self._crop(job, row, image_HW3)
 
-    def _crop_on_device(self, job: Job, row: int, image: Any) -> None:
-        """Crop DALI's image on the pipeline's device, in the stream that DALI hands it over in."""
-        with self._in_stream():
-            image_HW3 = torch.from_dlpack(image).to(self._of.device)
-            if plan := self._plan(job, row, *image_HW3.shape[:2]):
-                job.crops_on_device.append((row, crop_exact(image_HW3, plan)))
+    def _crop_on_device(self, job: Job, rows: Sequence[int], images: Sequence[Any]) -> None:
+        """Crop DALI's images on the pipeline's device, in the stream that DALI hands them over in."""
+        from rae_fast.images.device_crop import crop_batch  # imports Triton
 
-    def _finish(self, job: Job) -> ImageBatch:
+        with self._in_stream():
+            images_HW3 = [torch.from_dlpack(image).to(self._of.device) for image in images]
+            plans = [self._plan(job, row, *image.shape[:2]) for row, image in zip(rows, images_HW3, strict=True)]
+            good = [i for i, plan in enumerate(plans) if plan is not None]
+            if good:
+                crops = crop_batch([images_HW3[i] for i in good], [plans[i] for i in good], self._of.image_size)
+                job.crops_on_device.append(([rows[i] for i in good], crops))
+                job.read_on_device += images_HW3
+
+    def _wait(self, job: Job) -> None:
+        """Until what has been started for a job is done; DALI may then have the memory of its images back."""
         for task in job.tasks:
             task.result()
+        if self._stream is not None:
+            self._stream.synchronize()
+        job.read_on_device.clear()
+
+    def _finish(self, job: Job) -> ImageBatch:
+        self._wait(job)
         with self._in_stream():
             images_B3SS = job.images_B3SS.to(self._of.device, non_blocking=True)
-            if job.crops_on_device:
-                rows, crops = zip(*job.crops_on_device, strict=True)
-                images_B3SS[torch.tensor(rows, device=images_B3SS.device)] = torch.stack(crops)
+            for rows, crops in job.crops_on_device:
+                images_B3SS[torch.tensor(rows, device=images_B3SS.device)] = crops
         if self._stream is not None:
             self._stream.synchronize()
         failures = [
@@ -276,7 +288,7 @@ class _Stages:
             if reason is not None
         ]
         valid_B = torch.tensor([reason is None for reason in job.reasons])
-        return ImageBatch(torch.from_numpy(job.positions_B), images_B3SS, valid_B, failures)
+        return ImageBatch(torch.tensor(job.positions_B), images_B3SS, valid_B, failures)
 
     def _in_stream(self) -> AbstractContextManager:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

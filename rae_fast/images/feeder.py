@@ -36,7 +36,8 @@ class Job:
     pixels: list[int]
     draws_B2: np.ndarray | None = None  # of a random crop
     tasks: list[Future] = field(default_factory=list)
-    crops_on_device: list[tuple[int, Tensor]] = field(default_factory=list)
+    crops_on_device: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    read_on_device: list[Tensor] = field(default_factory=list)  # DALI's images, until the crops are made
 
 
 class Part(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from PIL import Image
+from rae_kernels import crop as kernel
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
@@ -26,6 +27,7 @@ from rae_fast.images.crop import (
     random_plan,
     resample_taps,
 )
+from rae_fast.images.device_crop import crop_batch, plan_passes
 from rae_fast.images.resample import crop_into
 
 MAX_RESIZED = 3_000_000  # keeps PIL's share of the test short
@@ -84,6 +86,25 @@ def test_the_training_crop_is_torchvision_s_resize_and_window(
 
     assert np.array_equal(crop_exact(torch.from_numpy(image_HW3), plan).numpy(), expected)
     assert np.array_equal(by_cpu, expected)
+
+
+SIZES = [(97, 60), (60, 97), (64, 64), (40, 200), (200, 40), (24, 24), (24, 31), (150, 149), (9, 300)]
+
+
+def test_the_taps_handed_to_the_kernel_give_the_reference_s_bytes(reference_crop_of: Callable) -> None:
+    images_HW3 = [noise(width, height, 7) for width, height in SIZES]
+    passes = [plan_passes(center_plan(width, height, 24), height, width) for width, height in SIZES]
+    crops = kernel.crop([torch.from_numpy(image) for image in images_HW3], passes, 24)
+    for image_HW3, crop in zip(images_HW3, crops, strict=True):
+        assert np.array_equal(crop.numpy(), reference_crop_of(Image.fromarray(image_HW3), 24))
+
+
+def test_a_batch_is_cropped_on_its_device_without_triton_too(reference_crop_of: Callable) -> None:
+    images_HW3 = [noise(width, height, 8) for width, height in SIZES]
+    plans = [center_plan(width, height, 24) for width, height in SIZES]
+    crops = crop_batch([torch.from_numpy(image) for image in images_HW3], plans, 24)
+    for image_HW3, crop in zip(images_HW3, crops, strict=True):
+        assert np.array_equal(crop.numpy(), reference_crop_of(Image.fromarray(image_HW3), 24))
 
 
 def test_random_windows_reach_both_ends_and_never_beyond() -> None:
