@@ -79,7 +79,6 @@ def build_feed(
         "images_per_step": plan.global_batch,
         "seed": config.training.global_seed,
         "ranks": ranks,
-        "device": device,
     }
     if config.loader.source == "online":
         assert encoder is not None
@@ -87,7 +86,7 @@ def build_feed(
         return OnlineFeed(index, encoder, config, image_size=geometry.image_size, **shared)
     store = open_store(cache_path(config))
     check_store(store, geometry, encoder)
-    return CachedFeed(store, config, **shared)
+    return CachedFeed(store, config, device=device, **shared)
 
 
 def check_store(store: LatentStore, geometry: Geometry, encoder: LatentEncoder | None) -> None:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from rae_fast.config import Config
 from rae_fast.errors import UserError
-from rae_fast.images.decode import ImageBatch, ImagePipeline, RandomCrop
+from rae_fast.images.decode import RandomCrop
 from rae_fast.images.entries import ImageIndex
 from rae_fast.latents.encode import LatentEncoder
 from rae_fast.latents.layout import PIXELS
-from rae_fast.latents.loader import BatchStream, LatentLoader
-from rae_fast.latents.order import Order, choose_rows
+from rae_fast.latents.loader import LatentLoader
+from rae_fast.latents.online import OnlineLoader
 from rae_fast.latents.store import LatentStore
 from rae_fast.runtime import Ranks
 
@@ -50,7 +50,7 @@ class DecoderBatch:
 class _HostBatch:
     """A batch as the producer thread leaves it, on the CPU."""
 
-    stored: Tensor | None
+    stored: Tensor
     scales: Tensor | None
     images_B3SS: Tensor
     index_B: Tensor
@@ -127,18 +127,16 @@ class CachedFeed(LatentLoader):
             yield _HostBatch(stored, scales, images, torch.from_numpy(rows), at_epoch)
 
     def _deliver(self, batch: _HostBatch) -> DecoderBatch:
-        assert batch.stored is not None
-        stored = batch.stored.to(self.target, non_blocking=True)
+        stored, images, index_B = (
+            part.to(self.target, non_blocking=True) for part in (batch.stored, batch.images_B3SS, batch.index_B)
+        )
         scales = None if batch.scales is None else batch.scales.to(self.target, non_blocking=True)
         z_BCHW = self.store.codec.decode(stored, scales) * self._std + self._mean
-        return _on_device(as_tokens(z_BCHW), batch, self.target)
+        return DecoderBatch(as_tokens(z_BCHW), images.float() / 255, index_B, batch.epoch)
 
 
-class OnlineFeed(BatchStream):
-    """Decodes, crops at random and encodes in every step, as the reference does, but encodes once.
-
-    An image that cannot be read is replaced by the first readable one of its batch and told about once.
-    """
+class OnlineFeed(OnlineLoader):
+    """Decodes, crops (at random where `data.train_crop` says so) and encodes in every step, once."""
 
     def __init__(
         self,
@@ -151,70 +149,33 @@ class OnlineFeed(BatchStream):
         images_per_step: int,
         seed: int,
         ranks: Ranks,
-        device: torch.device,
     ) -> None:
-        loader = config.loader
-        rows = choose_rows(index.labels, np.ones(len(index), bool), loader.classes, index.source)
-        order = Order(
-            rows, index.labels[rows], seed, loader.shuffle, loader.block_size, loader.balanced, images_per_step
+        unnormalized = torch.zeros(()), torch.ones(())
+        super().__init__(
+            index,
+            encoder,
+            *unnormalized,
+            config,
+            image_size=image_size,
+            batch_size=batch_size,
+            images_per_step=images_per_step,
+            seed=seed,
+            ranks=ranks,
         )
-        super().__init__(order, batch_size, ranks, loader.prefetch)
-        self.index, self.encoder, self.data, self.image_size = index, encoder, config.data, image_size
-        self.seed, self.target = seed, device
-        self._told: set[int] = set()
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must find unchanged."""
-        return {"dataset": self.index.digest, "images": self.epoch_images, "crop": self.data.train_crop}
+        shared = {"dataset": self.index.digest, "images": self.epoch_images, "flip": self.flip}
+        return {**shared, "crop": [self.data.train_crop, self.data.random_resize]}
 
-    def _prepare(self, epoch: int, position: int) -> Iterator[_HostBatch]:
-        while True:
-            rows = self.order.epoch(epoch)[position:].reshape(-1, self.ranks.world, self.batch_size)
-            for batch in self._pipeline(epoch, rows[:, self.ranks.rank].reshape(-1)):
-                images = batch.images_B3SS
-                if not bool(batch.valid_B.all()):
-                    self._replace_failed(batch)
-                images = images.pin_memory() if self.target.type == "cuda" else images
-                yield _HostBatch(None, None, images, batch.positions_B, epoch)
-            epoch, position = epoch + 1, 0
+    def _random_crop(self, epoch: int) -> RandomCrop | None:
+        if self.data.train_crop != "random":
+            return None
+        return RandomCrop(self.data.random_resize or round(RESIZE_FACTOR * self.image_size), self.seed, epoch)
 
-    def _pipeline(self, epoch: int, positions: np.ndarray) -> ImagePipeline:
-        random_crop = None
-        if self.data.train_crop == "random":
-            short_side = self.data.random_resize or round(RESIZE_FACTOR * self.image_size)
-            random_crop = RandomCrop(short_side, self.seed, epoch)
-        return ImagePipeline(
-            self.index,
-            positions,
-            self.image_size,
-            self.data.crop,
-            self.batch_size,
-            threads=self.data.threads,
-            hw_decoder_load=self.data.hw_decoder_load,
-            random_crop=random_crop,
-        )
-
-    def _replace_failed(self, batch: ImageBatch) -> None:
-        for failure in batch.failures:
-            if failure.position not in self._told:
-                self._told.add(failure.position)
-                print(f"cannot read {failure.path}: {failure.reason}; another image takes its place")
-        if not bool(batch.valid_B.any()):
-            raise UserError(
-                f"none of {len(batch.valid_B)} images of a batch can be read, {batch.failures[0].path} for one",
-                "readable images",
-                "check data.source",
-            )
-        batch.images_B3SS[~batch.valid_B] = batch.images_B3SS[batch.valid_B][:1]
-
-    def _deliver(self, batch: _HostBatch) -> DecoderBatch:
-        images = batch.images_B3SS.to(self.target, non_blocking=True)
-        return _on_device(as_tokens(self.encoder(images)).float(), batch, self.target, images)
-
-
-def _on_device(
-    tokens_BNC: Tensor, batch: _HostBatch, device: torch.device, images: Tensor | None = None
-) -> DecoderBatch:
-    images = batch.images_B3SS.to(device, non_blocking=True) if images is None else images
-    index_B = batch.index_B.to(device, non_blocking=True)
-    return DecoderBatch(tokens_BNC, images.float() / 255, index_B, batch.epoch)
+    def _deliver(self, batch: Any) -> DecoderBatch:
+        device = self.encoder.device
+        images = batch.images_B3SS.to(device, non_blocking=True)
+        index_B = batch.index_B.to(device, non_blocking=True)
+        tokens_BNC = as_tokens(self.encoder(images).float())
+        return DecoderBatch(tokens_BNC, images.float() / 255, index_B, batch.epoch)

@@ -15,7 +15,7 @@ from torch import Tensor
 from rae_fast import rng
 from rae_fast.config import Config
 from rae_fast.errors import UserError
-from rae_fast.images.decode import ImageBatch, ImagePipeline
+from rae_fast.images.decode import ImageBatch, ImagePipeline, RandomCrop
 from rae_fast.images.index import ImageIndex, build_index
 from rae_fast.latents.encode import LatentEncoder
 from rae_fast.latents.loader import FLIP_PROBABILITY, BatchStream, LatentBatch
@@ -84,19 +84,27 @@ class OnlineLoader(BatchStream):
     def _prepare(self, epoch: int, position: int) -> Iterator[_DecodedBatch]:
         while True:
             rows = self.order.epoch(epoch)[position:].reshape(-1, self.ranks.world, self.batch_size)
-            pipeline = ImagePipeline(
-                self.index,
-                rows[:, self.ranks.rank].reshape(-1),
-                image_size=self.image_size,
-                crop_mode=self.data.crop,
-                batch_size=self.batch_size,
-                device="cpu",
-                threads=self.data.threads,
-                hw_decoder_load=self.data.hw_decoder_load,
-            )
-            for batch in pipeline:
+            for batch in self._pipeline(epoch, rows[:, self.ranks.rank].reshape(-1)):
                 yield self._decoded(batch, epoch)
             epoch, position = epoch + 1, 0
+
+    def _pipeline(self, epoch: int, positions: np.ndarray) -> ImagePipeline:
+        """Crops of these images in turn."""
+        return ImagePipeline(
+            self.index,
+            positions,
+            image_size=self.image_size,
+            crop_mode=self.data.crop,
+            batch_size=self.batch_size,
+            device="cpu",
+            threads=self.data.threads,
+            hw_decoder_load=self.data.hw_decoder_load,
+            random_crop=self._random_crop(epoch),
+        )
+
+    def _random_crop(self, epoch: int) -> RandomCrop | None:
+        """Draws of random crops; None for centre crops, which a diffusion transformer is trained on."""
+        return None
 
     def _decoded(self, batch: ImageBatch, epoch: int) -> _DecodedBatch:
         images, index_B = batch.images_B3SS, batch.positions_B

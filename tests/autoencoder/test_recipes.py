@@ -1,0 +1,40 @@
+"""The decoder recipes load, and their sections agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import rae_fast
+from rae_fast.autoencoder.assembly import disc_scheduler, first_update
+from rae_fast.autoencoder.decoder import load_decoder_config
+from rae_fast.config_file import load_config
+from rae_fast.geometry import resolve_geometry
+from rae_fast.runtime import Ranks
+from rae_fast.training.batching import plan_batches
+from rae_fast.training.schedule import build_schedule
+
+FOLDER = Path(rae_fast.__file__).parents[1] / "configs" / "stage1" / "training"
+STEPS_PER_EPOCH = 2502  # of ImageNet at batch 512
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+
+
+def test_there_are_recipes_for_every_encoder_family() -> None:
+    names = {path.stem.split("_")[0] for path in RECIPES}
+    assert names >= {"DINOv2-S", "DINOv2-B", "DINOv2-L", "DINOv3-L", "SigLIP2-B", "MAE-B"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_consistent_and_says_what_it_needs(path: Path) -> None:
+    config = load_config(path, [])
+    geometry = resolve_geometry(config)
+    assert geometry.image_size == (512 if "_512" in path.stem else 256)
+    assert load_decoder_config(str(config.stage_1.params.decoder_config_path)).decoder_num_hidden_layers in (12, 24, 28)
+    assert config.cache.pixels and plan_batches(config.training, Ranks(world=1)).global_batch % 128 == 0
+    loss = config.gan.loss
+    scheduler = disc_scheduler(config.gan.disc.scheduler, first_update(loss, STEPS_PER_EPOCH), STEPS_PER_EPOCH)
+    schedule = build_schedule(scheduler, lr=2e-4, steps_per_epoch=STEPS_PER_EPOCH)
+    assert schedule(0) < 1e-6 and schedule(10 * STEPS_PER_EPOCH) == pytest.approx(2e-5)
+    head = path.read_text().splitlines()[:12]
+    assert all(any(word in line for line in head) for word in (path.name, "Hardware:", "Hours:", "Expected:"))
