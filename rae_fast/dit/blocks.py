@@ -1,13 +1,16 @@
 """Transformer blocks with adaptive normalization, conditioned per sample or per token.
 
-Everything memory-bound goes through `norm_modulate`, `gated_residual`, both at once, and `packed_attention`, so that a
-fused operation replaces one of them in one place.
+Everything memory-bound goes through the five functions of `Operations`, plain ones here; `fused` has the same by the
+project's kernels, and `use_kernels` there chooses for a whole model.
 
 Shapes: B samples, N tokens, D width, H heads, P head width. Modulations are [B, 1, D] (per sample) or [B, N, D] (per
 token). Row statistics, modulation and rotation are in float32 or above; what enters a GEMM has its weights' type.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +106,36 @@ def packed_attention(
     return out_BHNP.transpose(1, 2).flatten(2)
 
 
+def attend(attention: Attention, x_BND: Tensor, rope: Rope | None) -> Tensor:
+    """Self-attention from normalized tokens to the residual branch, [B, N, D] -> [B, N, D]."""
+    qkv_BNE = attention.qkv(x_BND)
+    heads_BND = packed_attention(qkv_BNE, attention.num_heads, rope, attention.q_norm, attention.k_norm)
+    return attention.proj(heads_BND)
+
+
+def feed_gated(mlp: SwiGLU, x: Tensor) -> Tensor:
+    """The SwiGLU feed-forward, [..., D] -> [..., D]."""
+    gate, value = mlp.w12(x).chunk(2, dim=-1)
+    return mlp.w3(F.silu(gate) * value)
+
+
+class Operations(NamedTuple):
+    """What a block does beside its linear maps: functions of the signatures above."""
+
+    norm_modulate: Callable[..., Tensor]
+    gated_residual: Callable[..., Tensor]
+    gated_residual_norm_modulate: Callable[..., tuple[Tensor, Tensor]]
+    attend: Callable[..., Tensor]
+    feed_gated: Callable[..., Tensor]
+
+
+PLAIN = Operations(norm_modulate, gated_residual, gated_residual_norm_modulate, attend, feed_gated)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values."""
+
+    operations = PLAIN
 
     def __init__(self, width: int, num_heads: int, *, use_qknorm: bool, use_rmsnorm: bool) -> None:
         super().__init__()
@@ -116,7 +147,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor, rope: Rope | None) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        return self.proj(packed_attention(self.qkv(x_BND), self.num_heads, rope, self.q_norm, self.k_norm))
+        return self.operations.attend(self, x_BND, rope)
 
 
 def padded_width(width: int, x: Tensor) -> int:
@@ -134,12 +165,16 @@ class GateValue(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., 2 * padded hidden]."""
+        return F.linear(x, *self.padded(x))
+
+    def padded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias as they are multiplied with `x`."""
         hidden = self.out_features // 2
         padding = padded_width(hidden, x) - hidden
         if padding == 0:
-            return F.linear(x, self.weight, self.bias)
+            return self.weight, self.bias
         weight = F.pad(self.weight.unflatten(0, (2, hidden)), (0, 0, 0, padding)).flatten(0, 1)
-        return F.linear(x, weight, F.pad(self.bias.unflatten(0, (2, hidden)), (0, padding)).flatten())
+        return weight, F.pad(self.bias.unflatten(0, (2, hidden)), (0, padding)).flatten()
 
 
 class PaddedInputLinear(nn.Linear):
@@ -147,12 +182,18 @@ class PaddedInputLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden or more] -> [..., D]."""
-        padding = x.shape[-1] - self.in_features
-        return F.linear(x, F.pad(self.weight, (0, padding)) if padding else self.weight, self.bias)
+        return F.linear(x, self.padded(x.shape[-1]), self.bias)
+
+    def padded(self, width: int) -> Tensor:
+        """The weight for inputs of `width` channels."""
+        padding = width - self.in_features
+        return F.pad(self.weight, (0, padding)) if padding else self.weight
 
 
 class SwiGLU(nn.Module):
     """W3 (silu(W1 x) * W2 x) with W1 and W2 in one matrix (Shazeer, arXiv 2002.05202)."""
+
+    operations = PLAIN
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -161,8 +202,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return self.operations.feed_gated(self, x)
 
 
 class GeluMLP(nn.Module):
@@ -195,6 +235,8 @@ class AdaLNBlock(nn.Module):
 
     x <- x + g1 attn(mod(norm(x), b1, s1)); x <- x + g2 mlp(mod(norm(x), b2, s2))
     """
+
+    operations = PLAIN
 
     def __init__(
         self,
@@ -235,10 +277,10 @@ class AdaLNBlock(nn.Module):
             (scale1, gate1, scale2, gate2), shift1, shift2 = modulation.chunk(4, dim=-1), None, None
         else:
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        dtype = self.attn.qkv.weight.dtype
-        branch_BND = self.attn(norm_modulate(x_BND, self.norm1, shift1, scale1, dtype), rope)
-        x_BND, h_BND = gated_residual_norm_modulate(x_BND, branch_BND, gate1, self.norm2, shift2, scale2, dtype)
-        return gated_residual(x_BND, self.mlp(h_BND), gate2)
+        dtype, do = self.attn.qkv.weight.dtype, self.operations
+        branch_BND = self.attn(do.norm_modulate(x_BND, self.norm1, shift1, scale1, dtype), rope)
+        x_BND, h_BND = do.gated_residual_norm_modulate(x_BND, branch_BND, gate1, self.norm2, shift2, scale2, dtype)
+        return do.gated_residual(x_BND, self.mlp(h_BND), gate2)
 
     def reset_parameters(self) -> None:
         """Zero modulation: the block begins as the identity."""
@@ -248,6 +290,8 @@ class AdaLNBlock(nn.Module):
 
 class FinalLayer(nn.Module):
     """Norm, modulation without gate, and the map to the values of one patch."""
+
+    operations = PLAIN
 
     def __init__(self, width: int, patch_values: int, *, use_rmsnorm: bool, per_token: bool = False) -> None:
         super().__init__()
@@ -259,7 +303,8 @@ class FinalLayer(nn.Module):
         """[B, N, D] -> [B, N, patch values]."""
         projection = self.adaLN_modulation[1]
         shift, scale = projection(silu_c.to(projection.weight.dtype)).chunk(2, dim=-1)
-        return self.linear(norm_modulate(x_BND, self.norm_final, shift, scale, self.linear.weight.dtype))
+        dtype = self.linear.weight.dtype
+        return self.linear(self.operations.norm_modulate(x_BND, self.norm_final, shift, scale, dtype))
 
     def reset_parameters(self) -> None:
         """All zero: a new model predicts zero."""

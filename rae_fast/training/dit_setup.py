@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rae_fast.config import Config
+from rae_fast.dit.fused import use_kernels
 from rae_fast.dit.registry import build_dit
 from rae_fast.dit.trunk import DiffusionTransformer
 from rae_fast.errors import UserError
@@ -128,6 +129,7 @@ def build_model(config: Config, geometry: Geometry) -> DiffusionTransformer:
         torch.manual_seed(config.training.global_seed)
         model = build_dit(config.stage_2.target, dit_params(config, geometry))
     model.activation_checkpointing = config.runtime.activation_checkpointing
+    use_kernels(model, config.runtime.kernels)
     return model
 
 
