@@ -25,7 +25,7 @@ ROW_KEYS = ("name", "unit", "n", *ROW_NUMBERS)
 
 
 def device_facts(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The device a result was measured on, the CPU beside it, and the cores this process may use."""
+    """The device a result was measured on, and the CPU beside it with the threads that torch uses."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {"device": name, "cpu": f"{_cpu_name()}, {torch.get_num_threads()} torch threads"}

@@ -30,6 +30,7 @@ BATCH = 64
 GRID_IMAGES = 8
 DIFFERENCE_GAIN = 4  # differences are small: make them visible in grids
 METRICS = ("psnr", "ssim", "lpips")
+AFTERWARDS = ("rfid",)  # needs tens of thousands of images to mean anything
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ def prepare_held_out(
         UserError: the source cannot be used, has no readable image, or a metric is unknown.
     """
     for name in config.eval.metrics:
-        if name not in METRICS:
+        if name in AFTERWARDS and ranks.is_main:
+            print(f"eval.metrics: {name} is not measured while training, only on the exported decoder", flush=True)
+        elif name not in (*METRICS, *AFTERWARDS):
             raise UserError(f"eval.metrics holds {name!r}", f"some of {', '.join(METRICS)} in decoder training")
     source = held_out_source(config)
     if source is None:

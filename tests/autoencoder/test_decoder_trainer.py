@@ -28,6 +28,9 @@ CPU = torch.device("cpu")
 TOOL = Path(rae_fast.__file__).parents[1] / "tools" / "train_decoder.py"
 LOGS = ("log.jsonl", "eval.jsonl")
 EXPORTS = ("export/model.safetensors",)
+# Once the game is on, hinges and the 8-bit grid turn rounding into steps of this size; a rank that saw only its own
+# gradients would be off by a third.
+GAME = 3e-2
 MakeConfig = Callable[..., Config]
 
 
@@ -145,8 +148,9 @@ def test_two_deepspeed_ranks_see_the_losses_of_one(
         one, two = read_log(tmp_path / "one" / name), read_log(tmp_path / "two" / name)
         assert len(one) == len(two) > 0
         for ours, theirs in zip(one, two, strict=True):
+            gate = GAME if name != "log.jsonl" or ours["disc_loss"] is not None else 1e-5
             for key, value in ours.items():
-                expected = pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value
+                expected = pytest.approx(value, rel=gate, abs=1e-5) if isinstance(value, float) else value
                 assert theirs[key] == expected, (name, ours["step"], key)
 
 
@@ -196,6 +200,8 @@ def test_stores_that_do_not_fit_are_refused(decoder_config: MakeConfig, balanced
         train_decoder(decoder_config(tmp_path / "run", "stage_1.params.decoder_patch_size=16"))
     with pytest.raises(UserError, match="latent_shape"):
         train_decoder(decoder_config(tmp_path / "run", "stage_1.params.encoder_input_size=64"))
+    with pytest.raises(UserError, match="psnr"):
+        train_decoder(decoder_config(tmp_path / "run", "eval.metrics=[psnrr]"))
     with pytest.raises(UserError, match="no latent store"):
         train_decoder(decoder_config(tmp_path / "run", f"cache.path={tmp_path / 'nothing'}"))
 

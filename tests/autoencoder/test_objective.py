@@ -71,8 +71,8 @@ def test_surrogate_has_the_gradients_of_the_whole_loss(decoder: ViTDecoder, head
     total = reconstruction + LOSS.disc_weight * weight.detach() * adversarial
     twice = torch.autograd.grad(total, list(decoder.parameters()))
 
-    assert float(terms.adaptive_weight) == pytest.approx(float(weight), rel=1e-4)
-    assert float(terms.surrogate(patches)) == pytest.approx(float(total), rel=1e-5)
+    assert terms.adaptive_weight.item() == pytest.approx(weight.item(), rel=1e-4)
+    assert terms.surrogate(patches).item() == pytest.approx(total.item(), rel=1e-5)
     for a, b in zip(once, twice, strict=True):
         assert torch.allclose(a, b, atol=1e-4 * float(b.norm()) + 1e-9)
 
