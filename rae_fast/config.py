@@ -21,10 +21,10 @@ class Stage1Params:
     # dinov2_path | model_name, revision, normalize, layers
     encoder_params: dict[str, Any] = field(default_factory=dict)
     decoder_config_path: str | None = None  # Hugging Face style config.json of the decoder, or its folder
-    decoder_patch_size: int = 16
-    pretrained_decoder_path: str | None = None
+    decoder_patch_size: int = 16  # side of a decoded patch, pixels
+    pretrained_decoder_path: str | None = None  # weights of the decoder, as released (`model.pt`) or safetensors
     noise_tau: float = 0.8  # latent noise in decoder training: z + tau * u * n
-    reshape_to_2d: bool = True
+    reshape_to_2d: bool = True  # latents as [C, H, W]; false: as tokens
     normalization_stat_path: str | None = None  # stat.pt with `mean`, `var`; None: not normalized
     eps: float = 1e-5  # added to var
 
@@ -33,7 +33,7 @@ class Stage1Params:
 class Stage1:
     """The representation autoencoder."""
 
-    target: str = "stage1.RAE"
+    target: str = "stage1.RAE"  # stage1.RAE
     ckpt: str | None = None  # stage-1 training checkpoint; its decoder is taken
     params: Stage1Params = field(default_factory=Stage1Params)
 
@@ -45,8 +45,8 @@ class Stage1:
 class Stage2:
     """The diffusion transformer: `params` are its constructor's arguments, checked against `DIT_PARAMS`."""
 
-    target: str = "stage2.models.DDT.DiTwDDTHead"
-    ckpt: str | None = None
+    target: str = "stage2.models.DDT.DiTwDDTHead"  # that is DiTDH; or stage2.models.lightningDiT.LightningDiT
+    ckpt: str | None = None  # weights to start from, to sample from: any checkpoint of the reference or of ours
     params: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,8 +78,8 @@ class TransportParams:
     path_type: str = "Linear"  # Linear, GVP, VP
     prediction: str = "velocity"  # velocity, noise, score, data
     loss_weight: str | None = None  # None, velocity, likelihood
-    train_eps: float | None = None
-    sample_eps: float | None = None
+    train_eps: float | None = None  # distance kept from singular times in training; None: as the reference chooses it
+    sample_eps: float | None = None  # the same in sampling
     time_dist_type: str = "uniform"  # uniform, logit-normal_<mu>_<sigma>
     time_dist_shift: float | None = None  # accepted as in official files; the shift follows from `misc`
 
@@ -96,22 +96,22 @@ class SamplerParams:
     """Numerical integration from noise to data."""
 
     sampling_method: str = "euler"  # ODE: euler, heun, midpoint, rk4, dopri5, ...; SDE: euler, heun
-    num_steps: int = 50
+    num_steps: int = 50  # points (grid reference) or steps (grid full) in time
     grid: str = "reference"  # reference: num_steps points, ends before t = 0; full: num_steps steps to t = 0
-    atol: float = 1e-6
-    rtol: float = 1e-3
-    reverse: bool = False
-    diffusion_form: str = "sigma"
-    diffusion_norm: float = 1.0
-    last_step: str | None = "Mean"
-    last_step_size: float = 0.04
+    atol: float = 1e-6  # absolute tolerance of adaptive solvers
+    rtol: float = 1e-3  # relative tolerance of adaptive solvers
+    reverse: bool = False  # from data to noise
+    diffusion_form: str = "sigma"  # SDE: SBDM, sigma, linear, constant, decreasing, increasing-decreasing
+    diffusion_norm: float = 1.0  # SDE: factor of the diffusion coefficient
+    last_step: str | None = "Mean"  # SDE: Mean, Tweedie, Euler, or None
+    last_step_size: float = 0.04  # SDE: length of the last step
 
 
 @dataclass(frozen=True)
 class SamplerSection:
     """ODE or SDE sampling."""
 
-    mode: str = "ODE"
+    mode: str = "ODE"  # ODE, SDE
     params: SamplerParams = field(default_factory=SamplerParams)
 
 
@@ -119,19 +119,19 @@ class SamplerSection:
 class GuidanceModel:
     """The weaker model of autoguidance."""
 
-    target: str = "stage2.models.DDT.DiTwDDTHead"
-    ckpt: str | None = None
-    params: dict[str, Any] = field(default_factory=dict)
+    target: str = "stage2.models.DDT.DiTwDDTHead"  # as stage_2.target
+    ckpt: str | None = None  # weights of the guide
+    params: dict[str, Any] = field(default_factory=dict)  # as stage_2.params
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance or autoguidance, active where t_min <= t <= t_max and scale > 1."""
 
-    method: str = "cfg"
-    scale: float = 1.0
-    t_min: float = 0.0
-    t_max: float = 1.0
+    method: str = "cfg"  # cfg, autoguidance
+    scale: float = 1.0  # 1 or less: no guidance
+    t_min: float = 0.0  # first time with guidance
+    t_max: float = 1.0  # last time with guidance
     guidance_model: GuidanceModel | None = None
 
 
@@ -139,11 +139,11 @@ class Guidance:
 class Misc:
     """Sizes shared by training and sampling; whatever is None follows from the encoder or the data."""
 
-    latent_size: list[int] | None = None
-    num_classes: int | None = None
-    null_label: int | None = None
-    time_dist_shift_dim: int | None = None
-    time_dist_shift_base: int = 4096
+    latent_size: list[int] | None = None  # [C, H, W]
+    num_classes: int | None = None  # None: from the data
+    null_label: int | None = None  # label that means "no class"; None: num_classes
+    time_dist_shift_dim: int | None = None  # shift = sqrt(dim / base); None: C * H * W
+    time_dist_shift_base: int = 4096  # see time_dist_shift_dim
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -154,10 +154,10 @@ class Optimizer:
     """AdamW."""
 
     type: str = "adamw"
-    lr: float = 2e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = 0.0
-    eps: float = 1e-8
+    lr: float = 2e-4  # learning rate where the scheduler gives no base_lr
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the first and second moment
+    weight_decay: float = 0.0  # decoupled from the gradient
+    eps: float = 1e-8  # added to the root of the second moment
     decay_norms_and_biases: bool = True  # False: norms, biases and embeddings are not decayed
 
 
@@ -166,34 +166,34 @@ class Scheduler:
     """Learning rate by optimizer step."""
 
     type: str = "constant"  # linear, cosine, constant, wsd
-    warmup_steps: int | None = None
-    warmup_epochs: float | None = None
-    decay_end_steps: int | None = None
-    decay_end_epoch: float | None = None
+    warmup_steps: int | None = None  # optimizer steps at base_lr (or rising to it) before the decay
+    warmup_epochs: float | None = None  # the same in epochs
+    decay_end_steps: int | None = None  # optimizer step at which final_lr is reached
+    decay_end_epoch: float | None = None  # the same in epochs
     base_lr: float | None = None  # None: the optimizer's lr
-    final_lr: float | None = None
-    warmup_from_zero: bool = False
+    final_lr: float | None = None  # learning rate from the end of the decay on
+    warmup_from_zero: bool = False  # rise linearly from zero during the warm-up
 
 
 @dataclass(frozen=True)
 class Training:
     """How long, how large, how often; steps are optimizer steps."""
 
-    epochs: int = 1400
+    epochs: int = 1400  # passes over the data
     max_steps: int | None = None  # stop after this many optimizer steps, whatever `epochs` says
     batch_size: int | None = None  # per rank and micro-step
     global_batch_size: int | None = None  # images per optimizer step over all ranks
-    grad_accum_steps: int = 1
+    grad_accum_steps: int = 1  # micro-batches per optimizer step; follows from the two sizes if both are given
     ema_decay: Any = 0.9995  # a number, or a list of numbers: the first one is sampled and evaluated
     num_workers: int | None = None  # threads that read and decode; None: from the machine
-    log_interval: int = 100
+    log_interval: int = 100  # steps between lines on the screen and in speed.jsonl
     checkpoint_interval: float | None = 4  # epochs
     checkpoint_every: int | None = None  # optimizer steps; wins over checkpoint_interval
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # newest checkpoints kept
     keep_every: int | None = None  # checkpoints at multiples of this many steps are never deleted
-    sample_every: int | None = 2500
-    clip_grad: float | None = 1.0
-    global_seed: int = 0
+    sample_every: int | None = 2500  # steps between sample grids; None: never
+    clip_grad: float | None = 1.0  # largest gradient norm; None or 0: no clipping
+    global_seed: int = 0  # of initialization, order, views, times, noise and label drop
     cfg_scale: float | None = None  # overrides guidance.scale while training
     max_nonfinite: int = 10  # stop after this many non-finite steps in a row
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -206,10 +206,10 @@ class Eval:
 
     eval_interval: int | None = None  # optimizer steps; None: never
     eval_model: bool = False  # also evaluate the online weights
-    data_path: str | None = None
-    reference_npz_path: str | None = None
-    metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim"])
-    num_images: int = 256
+    data_path: str | None = None  # held-out images
+    reference_npz_path: str | None = None  # reference statistics or images of the generation metrics
+    metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim"])  # psnr, ssim, lpips, rfid (decoder training)
+    num_images: int = 256  # images or samples evaluated
 
 
 # --- decoder training: the discriminator ----------------------------------------------------------------------------
@@ -219,12 +219,13 @@ class Eval:
 class DiscriminatorArch:
     """Heads on a frozen DINO ViT."""
 
-    dino_ckpt_path: str | None = None
-    ks: int = 3
+    dino_ckpt_path: str | None = None  # weights file of the frozen ViT; None: timm's
+    ks: int = 3  # kernel size of the residual convolution of each head
+    # blocks whose output a head reads, beside the last one
     key_depths: list[int] = field(default_factory=lambda: [2, 5, 8, 11])
-    norm_type: str = "bn"
-    using_spec_norm: bool = True
-    norm_eps: float = 1e-6
+    norm_type: str = "bn"  # bn: per image and channel; gn: groups
+    using_spec_norm: bool = True  # spectral norm on the heads' convolutions
+    norm_eps: float = 1e-6  # of the heads' norms
     recipe: Any = "S_8"  # S_8, S_16, B_16, or a mapping of ViT sizes
 
 
@@ -232,8 +233,8 @@ class DiscriminatorArch:
 class Augment:
     """Differentiable augmentation of what the discriminator sees; a negative `prob` disables cutout."""
 
-    prob: float = 1.0
-    cutout: float = 0.0
+    prob: float = 1.0  # probability of each policy; negative: the same without cutout
+    cutout: float = 0.0  # side of the cut square as a share of the image; 0: none
 
 
 @dataclass(frozen=True)
@@ -250,17 +251,17 @@ class Discriminator:
 class GanLoss:
     """Weights of the decoder's losses; starts are in epochs."""
 
-    disc_loss: str = "hinge"
-    gen_loss: str = "vanilla"
-    disc_weight: float = 0.0
-    perceptual_weight: float = 0.0
+    disc_loss: str = "hinge"  # hinge, vanilla
+    gen_loss: str = "vanilla"  # hinge, vanilla
+    disc_weight: float = 0.0  # of the adversarial loss, before the adaptive weight
+    perceptual_weight: float = 0.0  # of the perceptual loss
     perceptual: str = "lpips"  # lpips, or encoder: distance in the frozen encoder's own features
     lpips_weights: str | None = None  # VGG16 weights file; None: torchvision's cache
-    disc_start: float = 0
+    disc_start: float = 0  # when the adversarial loss begins
     disc_upd_start: float | None = None  # None: disc_start
-    lpips_start: float = 0
-    max_d_weight: float = 1e4
-    disc_updates: int = 1
+    lpips_start: float = 0  # when the perceptual loss begins
+    max_d_weight: float = 1e4  # largest adaptive weight
+    disc_updates: int = 1  # discriminator steps per decoder step
 
 
 @dataclass(frozen=True)
@@ -297,8 +298,9 @@ class Cache:
 
     path: str | None = None  # folder or URL of a zarr group
     codec: str = "lossless"  # lossless, balanced, compact
+    # original, and hflip (the flipped image, encoded)
     views: list[str] = field(default_factory=lambda: ["original", "hflip"])
-    shard_size: int = 2048
+    shard_size: int = 2048  # samples in one file
     pixels: bool = False  # keep uint8 crops, so that decoder training never touches a JPEG
     pixels_from: str | None = None  # a store that kept its pixels: encode those, for another encoder, and no JPEG
     statistics: str = "compute"  # compute, none, given (stage_1.params.normalization_stat_path), or a stat.pt
@@ -330,8 +332,8 @@ class Runtime:
     precision: str = "bf16"  # fp32, tf32, bf16
     engine: str = "deepspeed"  # deepspeed, ddp
     kernels: str = "torch"  # torch, triton
-    compile: bool = False
-    activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of each block
+    activation_checkpointing: bool = False  # recompute each block's activations in the backward pass
     profile: str | None = None  # steps to trace, as "10..15"
     deterministic: bool = False  # kernels whose sums have a fixed order: two runs on one machine agree bit for bit
     stall_s: float = 300.0  # say which rank waits for what when no training step has ended for so long
@@ -343,9 +345,9 @@ class Logging:
 
     run_folder: str | None = None  # None: runs/<name of the config file>
     wandb: str = "off"  # off, online, offline
-    project: str = "rae_fast"
-    entity: str | None = None
-    name: str | None = None
+    project: str = "rae_fast"  # wandb project
+    entity: str | None = None  # wandb entity
+    name: str | None = None  # wandb name; None: the run folder's
 
 
 @dataclass(frozen=True)
