@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from gpu_timing import ceilings, compete, rows_of
 from results_file import make_result, print_table, write_result
-from roofline import Model, Stack, from_preset
 from torch import Tensor
 
 from rae_fast.errors import UserError, exit_cleanly
+from rae_fast.planner.roofline import Model, Stack, from_preset
 
 GEMM_TILE = 128
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rae_fast.dit.registry import build_dit
+from rae_fast.dit.registry import build_dit, size_presets
+from rae_fast.planner import roofline
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "roofline.py"
 MODELS: list[tuple[str, dict[str, Any]]] = [
     ("DiTDH-S", {"input_size": 4, "num_classes": 10}),
     ("DiTDH-S", {"input_size": 4, "use_swiglu": False, "in_channels": 32, "class_dropout_prob": 0.0}),
@@ -25,29 +21,16 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def roofline() -> ModuleType:
-    """benchmarks/ holds scripts and is no package."""
-    spec = importlib.util.spec_from_file_location("roofline", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["roofline"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def described(roofline: ModuleType, target: str, params: dict[str, Any]) -> Any:
+def described(target: str, params: dict[str, Any]) -> Any:
     """The roofline's description of a model."""
-    if target in roofline.size_presets():
-        kind, numbers = roofline.size_presets()[target]
+    if target in size_presets():
+        kind, numbers = size_presets()[target]
         return roofline.from_params(kind.__name__, {**numbers, **params})
     return roofline.from_params(target, params)
 
 
 @pytest.mark.parametrize(("target", "params"), MODELS)
-def test_flops_and_parameters_are_those_that_torch_counts(
-    roofline: ModuleType, target: str, params: dict[str, Any]
-) -> None:
+def test_flops_and_parameters_are_those_that_torch_counts(target: str, params: dict[str, Any]) -> None:
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
         model = build_dit(target, params).train()
         side, channels = params["input_size"], params.get("in_channels", 768)
@@ -56,21 +39,21 @@ def test_flops_and_parameters_are_those_that_torch_counts(
             out = model(x, torch.empty(1), y, labeldrop_u=torch.empty(1))
         with FlopCounterMode(display=False) as backward:
             out.sum().backward()
-    ours = described(roofline, target, params)
+    ours = described(target, params)
     assert roofline.forward_flops(ours) == forward.get_total_flops()
     assert roofline.training_flops(ours) == forward.get_total_flops() + backward.get_total_flops()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert roofline.parameters(ours) == trainable
 
 
-def test_released_sizes_have_their_published_cost(roofline: ModuleType) -> None:
+def test_released_sizes_have_their_published_cost() -> None:
     large = roofline.from_preset("DiTDH-XL", 256, 768)
     assert roofline.parameters(large) == 838_380_628
     assert roofline.training_flops(large) == pytest.approx(968.21e9, rel=1e-5)
     assert roofline.training_flops(roofline.from_preset("DiTDH-S", 1024, 768)) == pytest.approx(1241.42e9, rel=1e-5)
 
 
-def test_the_floor_falls_with_faster_memory_and_larger_batches(roofline: ModuleType) -> None:
+def test_the_floor_falls_with_faster_memory_and_larger_batches() -> None:
     model = roofline.from_preset("DiTDH-XL", 256, 768)
     base = sum(roofline.floor_s(model, 256, 788, 4.3).values())
     assert 1 / 700 < base < 1 / 600
