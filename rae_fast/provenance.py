@@ -85,10 +85,10 @@ def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, rae_fast and the packages whose version can change a result."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, rae_fast and the packages whose version can change a result, and of `more` packages."""
     found = {"python": platform.python_version(), "rae_fast": _version("rae_fast")}
-    found.update({name: _version(name) for name in VERSIONED})
+    found.update({name: _version(name) for name in (*VERSIONED, *more)})
     return {name: version for name, version in found.items() if version}
 
 

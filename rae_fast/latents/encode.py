@@ -117,11 +117,12 @@ class LatentEncoder:
     def __call__(self, images_B3SS: Tensor, *, flip: bool = False) -> Tensor:
         """uint8 [B, 3, S, S] to un-normalized latents [B, C, H, W] on the encoder's device; `flip` mirrors first."""
         x_B3SS = images_B3SS.to(self.device, non_blocking=True).float().div_(255)
-        with self._autocast():
+        with self.autocast():
             tokens_BNC = self.encoder(x_B3SS.flip(-1) if flip else x_B3SS)
         return tokens_BNC.transpose(1, 2).reshape(len(x_B3SS), *self.latent_shape).contiguous()
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the encoder runs at its precision."""
         dtype = DTYPES[self.precision]
         if self.precision == "tf32" or dtype == torch.float32:
             set_precision(self.precision)
