@@ -151,13 +151,14 @@ class Misc:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW."""
+    """AdamW, or Muon on the matrices of blocks and AdamW on everything else."""
 
-    type: str = "adamw"
+    type: str = "adamw"  # adamw, muon (runtime.engine: ddp)
     lr: float = 2e-4  # learning rate where the scheduler gives no base_lr
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the first and second moment
     weight_decay: float = 0.0  # decoupled from the gradient
     eps: float = 1e-8  # added to the root of the second moment
+    momentum: float = 0.95  # muon's
     decay_norms_and_biases: bool = True  # False: norms, biases and embeddings are not decayed
 
 
@@ -209,6 +210,7 @@ class Eval:
     data_path: str | None = None  # held-out images
     reference_npz_path: str | None = None  # reference statistics or images of the generation metrics
     metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim"])  # psnr, ssim, lpips, rfid (decoder training)
+    features: str = "inception"  # of rfid: inception, encoder, or my_module:function
     num_images: int = 256  # images or samples evaluated
 
 
@@ -249,7 +251,7 @@ class Discriminator:
 
 @dataclass(frozen=True)
 class GanLoss:
-    """Weights of the decoder's losses; starts are in epochs."""
+    """Weights of the decoder's losses, and when each begins."""
 
     disc_loss: str = "hinge"  # hinge, vanilla
     gen_loss: str = "vanilla"  # hinge, vanilla
@@ -260,6 +262,7 @@ class GanLoss:
     disc_start: float = 0  # when the adversarial loss begins
     disc_upd_start: float | None = None  # None: disc_start
     lpips_start: float = 0  # when the perceptual loss begins
+    starts_in: str = "epochs"  # unit of the three starts: epochs, images
     max_d_weight: float = 1e4  # largest adaptive weight
     disc_updates: int = 1  # discriminator steps per decoder step
 
@@ -377,12 +380,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sampler.mode": ("ODE", "SDE"),
     "sampler.params.grid": ("reference", "full"),
     "guidance.method": ("cfg", "autoguidance"),
-    "training.optimizer.type": ("adamw",),
+    "training.optimizer.type": ("adamw", "muon"),
     "training.scheduler.type": ("linear", "cosine", "constant", "wsd"),
     "gan.disc.arch.norm_type": ("bn", "gn"),
     "gan.loss.disc_loss": ("hinge", "vanilla"),
     "gan.loss.gen_loss": ("hinge", "vanilla"),
     "gan.loss.perceptual": ("lpips", "encoder"),
+    "gan.loss.starts_in": ("epochs", "images"),
     "data.kind": ("auto", "imagefolder", "folder", "webdataset", "parquet", "list"),
     "data.crop": ("exact", "fast"),
     "data.train_crop": ("center", "random"),

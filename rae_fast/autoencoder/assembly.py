@@ -1,30 +1,23 @@
-"""Everything that decoder training needs, built from a config: data, both players, losses, held-out images."""
+"""Both players of decoder training and their losses, built from a config."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rae_fast.autoencoder.augment import DiffAugment
 from rae_fast.autoencoder.discriminator import DinoBackbone, build_backbone, build_heads
-from rae_fast.autoencoder.feed import CachedFeed, OnlineFeed
-from rae_fast.autoencoder.losses import EncoderPerceptual, Lpips, encoder_features, load_lpips
-from rae_fast.autoencoder.objective import DecoderObjective
+from rae_fast.autoencoder.losses import EncoderPerceptual, encoder_features, load_lpips
+from rae_fast.autoencoder.objective import DecoderObjective, Starts
 from rae_fast.autoencoder.rae import RAE, build_rae
 from rae_fast.autoencoder.step import DecoderStep
-from rae_fast.autoencoder.validation import HeldOut, held_out_source, prepare_held_out
 from rae_fast.config import Config, GanLoss, Scheduler
 from rae_fast.errors import UserError
-from rae_fast.geometry import Geometry, resolve_geometry
-from rae_fast.images.index import build_index
 from rae_fast.latents.encode import LatentEncoder
-from rae_fast.latents.plan import cache_path
-from rae_fast.latents.store import LatentStore, check_compatible, open_store
 from rae_fast.runtime import Ranks
 from rae_fast.training.batching import BatchPlan, ema_decays
 from rae_fast.training.engine import Engine
@@ -36,74 +29,30 @@ DISCRIMINATOR_DEEPSPEED = {"zero_optimization": {"stage": 1}}
 
 @dataclass
 class Players:
-    """Decoder and discriminator with their engines, and what measures them.
+    """Decoder and discriminator with their engines.
 
     Attributes:
         engines: by name, for checkpoints.
         generator: the decoder's engine.
         update: makes one step of both.
+        starts: when each part of the game begins.
         to_pixels: decoder output [B, N, E] -> images [B, 3, S, S] in about [0, 1].
-        held_out: images to evaluate on, or None.
     """
 
     engines: dict[str, Engine]
     generator: Engine
     update: DecoderStep
+    starts: Starts
     to_pixels: Callable[[Tensor], Tensor]
-    held_out: HeldOut | None
-
-
-# --- data -----------------------------------------------------------------------------------------------------------
 
 
 def build_encoder_if_needed(config: Config, device: torch.device) -> LatentEncoder | None:
     """The frozen encoder; None where cached latents, LPIPS and no held-out images make it superfluous."""
     loss = config.gan.loss
     perceptual = loss.perceptual_weight > 0 and loss.perceptual == "encoder"
-    if config.loader.source == "online" or perceptual or held_out_source(config):
+    if config.loader.source == "online" or perceptual or config.eval.data_path or config.data.val_source:
         return LatentEncoder(config.stage_1.params, config.cache.precision, device)
     return None
-
-
-def build_feed(
-    config: Config, plan: BatchPlan, ranks: Ranks, device: torch.device, encoder: LatentEncoder | None
-) -> CachedFeed | OnlineFeed:
-    """The stream of latents and pixels that `loader.source` names.
-
-    Raises:
-        UserError: the store does not fit the config or has no pixels, or the images cannot be used.
-    """
-    geometry = resolve_geometry(config)
-    shared = {
-        "batch_size": plan.micro_batch,
-        "images_per_step": plan.global_batch,
-        "seed": config.training.global_seed,
-        "ranks": ranks,
-    }
-    if config.loader.source == "online":
-        assert encoder is not None
-        index = build_index(config.data)
-        return OnlineFeed(index, encoder, config, image_size=geometry.image_size, **shared)
-    store = open_store(cache_path(config))
-    check_store(store, geometry, encoder)
-    return CachedFeed(store, config, device=device, **shared)
-
-
-def check_store(store: LatentStore, geometry: Geometry, encoder: LatentEncoder | None) -> None:
-    """Refuse a store of another encoder, latent size or image size.
-
-    Raises:
-        UserError: naming the attribute and both values.
-    """
-    expected: dict[str, object] = {"latent_shape": list(geometry.latent_shape), "image_size": geometry.image_size}
-    if encoder is not None:
-        # Weights are known by their hash, wherever they lie.
-        identity = encoder.identity()
-        expected |= {f"encoder.{key}": identity[key] for key in identity if key not in ("name", "revision")}
-    check_compatible(store, expected)
-
-
-# --- models ---------------------------------------------------------------------------------------------------------
 
 
 def build_players(
@@ -116,7 +65,7 @@ def build_players(
     steps_per_epoch: int,
     total_steps: int,
 ) -> Players:
-    """Decoder, discriminator, losses and held-out images of a config.
+    """Decoder, discriminator and losses of a config.
 
     Raises:
         UserError: weights that a part needs cannot be found, or sizes do not fit.
@@ -125,10 +74,6 @@ def build_players(
     assert rae.decoder is not None
     loss, training = config.gan.loss, config.training
     perceptual = build_perceptual(loss, encoder)
-    held_out = None
-    if encoder is not None:
-        lpips = perceptual if isinstance(perceptual, Lpips) else None
-        held_out = prepare_held_out(config, encoder, resolve_geometry(config).image_size, ranks, lpips)
     schedule = build_schedule(
         training.scheduler, lr=training.optimizer.lr, steps_per_epoch=steps_per_epoch, total_steps=total_steps
     )
@@ -145,10 +90,13 @@ def build_players(
         clip_grad=training.clip_grad,
         ema_decays=ema_decays(training),
     )
+    starts = Starts.of(loss, steps_per_epoch=steps_per_epoch, images_per_step=plan.global_batch)
     backbone, discriminator = None, None
-    if loss.disc_weight > 0:
+    if starts.discriminator is not None:
         backbone = build_backbone(config.gan.disc.arch, seed=training.global_seed).to(device)
-        discriminator = _discriminator_engine(config, backbone, plan, ranks, device, steps_per_epoch, total_steps)
+        discriminator = _discriminator_engine(
+            config, backbone, plan, ranks, device, starts.discriminator, steps_per_epoch, total_steps
+        )
     augment = config.gan.disc.augment
     objective = DecoderObjective(
         loss,
@@ -162,7 +110,7 @@ def build_players(
     tau = config.stage_1.params.noise_tau
     update = DecoderStep(generator, discriminator, objective, tau=tau, seed=training.global_seed)
     engines = {"model": generator} | ({} if discriminator is None else {"disc": discriminator})
-    return Players(engines, generator, update, rae.patches_to_pixels, held_out)
+    return Players(engines, generator, update, starts, rae.patches_to_pixels)
 
 
 def build_trainable(config: Config, device: torch.device) -> RAE:
@@ -199,11 +147,11 @@ def _discriminator_engine(
     plan: BatchPlan,
     ranks: Ranks,
     device: torch.device,
+    first: int,
     steps_per_epoch: int,
     total_steps: int,
 ) -> Engine:
     disc = config.gan.disc
-    first = first_update(config.gan.loss, steps_per_epoch)
     schedule = build_schedule(
         disc_scheduler(disc.scheduler, first, steps_per_epoch),
         lr=disc.optimizer.lr,
@@ -224,12 +172,6 @@ def _discriminator_engine(
         micro_batch=plan.micro_batch,
         clip_grad=config.training.clip_grad,
     )
-
-
-def first_update(loss: GanLoss, steps_per_epoch: int) -> int:
-    """The step of the discriminator's first update."""
-    start = loss.disc_start if loss.disc_upd_start is None else loss.disc_upd_start
-    return int(np.ceil(start * steps_per_epoch))
 
 
 def disc_scheduler(scheduler: Scheduler, first: int, steps_per_epoch: int) -> Scheduler:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rae_fast.autoencoder.losses import at_least_float32
 from rae_fast.config import DiscriminatorArch
 from rae_fast.errors import UserError, nearest
 from rae_fast.patches import embed_patches
@@ -269,8 +270,8 @@ class DiscriminatorHeads(nn.Module):
         return self._logits(activations)
 
     def _logits(self, activations: Sequence[Tensor]) -> Tensor:
-        logits = [head(x_BCL.float()).flatten(1) for head, x_BCL in zip(self.heads, activations, strict=True)]
-        return torch.cat(logits, dim=1).float()
+        pairs = zip(self.heads, activations, strict=True)
+        return at_least_float32(torch.cat([head(at_least_float32(x_BCL)).flatten(1) for head, x_BCL in pairs], dim=1))
 
 
 def build_heads(arch: DiscriminatorArch, backbone: DinoBackbone, *, seed: int = 0) -> DiscriminatorHeads:

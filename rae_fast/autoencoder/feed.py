@@ -15,35 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rae_fast.autoencoder.batch import DecoderBatch, as_tokens
 from rae_fast.config import Config
 from rae_fast.errors import UserError
+from rae_fast.geometry import Geometry, resolve_geometry
 from rae_fast.images.decode import RandomCrop
 from rae_fast.images.entries import ImageIndex
+from rae_fast.images.index import build_index
 from rae_fast.latents.encode import LatentEncoder
 from rae_fast.latents.layout import PIXELS
 from rae_fast.latents.loader import LatentLoader
 from rae_fast.latents.online import OnlineLoader
-from rae_fast.latents.store import LatentStore
+from rae_fast.latents.plan import cache_path
+from rae_fast.latents.store import LatentStore, check_compatible, open_store
 from rae_fast.runtime import Ranks
+from rae_fast.training.batching import BatchPlan
 
 RESIZE_FACTOR = 1.5  # short side before a random crop, in crop sides; the reference resizes to 384 for 256
-
-
-@dataclass(frozen=True)
-class DecoderBatch:
-    """One micro-batch of one rank, on the training device.
-
-    Attributes:
-        tokens_BNC: latents without noise, before normalization, float32.
-        images_B3SS: the images they are of, float32 in [0, 1].
-        index_B: int64, the key of all per-sample randomness.
-        epoch: which epoch it belongs to.
-    """
-
-    tokens_BNC: Tensor
-    images_B3SS: Tensor
-    index_B: Tensor
-    epoch: int
 
 
 @dataclass(frozen=True)
@@ -55,11 +43,6 @@ class _HostBatch:
     images_B3SS: Tensor
     index_B: Tensor
     epoch: int
-
-
-def as_tokens(z_BCHW: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, N, C], row by row."""
-    return z_BCHW.flatten(2).transpose(1, 2)
 
 
 class CachedFeed(LatentLoader):
@@ -179,3 +162,44 @@ class OnlineFeed(OnlineLoader):
         index_B = batch.index_B.to(device, non_blocking=True)
         tokens_BNC = as_tokens(self.encoder(images).float())
         return DecoderBatch(tokens_BNC, images.float() / 255, index_B, batch.epoch)
+
+
+# --- from a config --------------------------------------------------------------------------------------------------
+
+
+def build_feed(
+    config: Config, plan: BatchPlan, ranks: Ranks, device: torch.device, encoder: LatentEncoder | None
+) -> CachedFeed | OnlineFeed:
+    """The stream of latents and pixels that `loader.source` names.
+
+    Raises:
+        UserError: the store does not fit the config or has no pixels, or the images cannot be used.
+    """
+    geometry = resolve_geometry(config)
+    shared = {
+        "batch_size": plan.micro_batch,
+        "images_per_step": plan.global_batch,
+        "seed": config.training.global_seed,
+        "ranks": ranks,
+    }
+    if config.loader.source == "online":
+        assert encoder is not None
+        index = build_index(config.data)
+        return OnlineFeed(index, encoder, config, image_size=geometry.image_size, **shared)
+    store = open_store(cache_path(config))
+    check_store(store, geometry, encoder)
+    return CachedFeed(store, config, device=device, **shared)
+
+
+def check_store(store: LatentStore, geometry: Geometry, encoder: LatentEncoder | None) -> None:
+    """Refuse a store of another encoder, latent size or image size.
+
+    Raises:
+        UserError: naming the attribute and both values.
+    """
+    expected: dict[str, object] = {"latent_shape": list(geometry.latent_shape), "image_size": geometry.image_size}
+    if encoder is not None:
+        # Weights are known by their hash, wherever they lie.
+        identity = encoder.identity()
+        expected |= {f"encoder.{key}": identity[key] for key in identity if key not in ("name", "revision")}
+    check_compatible(store, expected)

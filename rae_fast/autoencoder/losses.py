@@ -30,6 +30,11 @@ VGG_URL = f"https://download.pytorch.org/models/{VGG_FILE}"
 VGG_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # indices in torchvision's `features`
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, anything else as it is: no loss is taken in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # --- adversarial ----------------------------------------------------------------------------------------------------
 
 
@@ -61,7 +66,7 @@ def adaptive_weight(reconstruction_grad: Tensor, adversarial_grad: Tensor, large
         reconstruction_grad: gradient of L1 + perceptual with respect to the last layer's weight, of all ranks.
         adversarial_grad: likewise of the adversarial loss.
     """
-    ratio = reconstruction_grad.float().norm() / (adversarial_grad.float().norm() + 1e-6)
+    ratio = at_least_float32(reconstruction_grad).norm() / (at_least_float32(adversarial_grad).norm() + 1e-6)
     return ratio.clamp(0.0, largest)
 
 
@@ -96,7 +101,11 @@ class Lpips(nn.Module):
 
     def forward(self, recon_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
         """Mean distance between images in [0, 1], a scalar."""
-        return self.network(target_B3HW, recon_B3HW, normalize=True).mean()
+        return self.distances(recon_B3HW, target_B3HW).mean()
+
+    def distances(self, recon_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+        """Distance of each pair of images in [0, 1], [B]."""
+        return self.network(target_B3HW, recon_B3HW, normalize=True).flatten()
 
 
 class EncoderPerceptual(nn.Module):
@@ -123,8 +132,8 @@ class EncoderPerceptual(nn.Module):
 
 
 def _token_distance(x_BNC: Tensor, y_BNC: Tensor) -> Tensor:
-    difference = F.normalize(x_BNC.float(), dim=-1) - F.normalize(y_BNC.float(), dim=-1)
-    return difference.square().sum(dim=-1).mean()
+    x_BNC, y_BNC = (F.normalize(at_least_float32(part), dim=-1) for part in (x_BNC, y_BNC))
+    return (x_BNC - y_BNC).square().sum(dim=-1).mean()
 
 
 def encoder_features(encoder: FrozenEncoder) -> Callable[[Tensor], list[Tensor]]:

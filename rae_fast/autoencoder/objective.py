@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,13 @@ from torch.func import functional_call
 
 from rae_fast.autoencoder.augment import DRAWS, DiffAugment
 from rae_fast.autoencoder.discriminator import DinoBackbone
-from rae_fast.autoencoder.losses import DISCRIMINATOR_LOSSES, adaptive_weight, generator_loss
+from rae_fast.autoencoder.losses import DISCRIMINATOR_LOSSES, adaptive_weight, at_least_float32, generator_loss
 from rae_fast.config import GanLoss
 from rae_fast.rng import Stream, uniform
 
 # Where in AUGMENT's stream the draws of a whole step live: no sample index is that large.
 STEP_INDEX = 1 << 40
+ROUNDING = 1e-6  # of a start in steps
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,54 @@ class Phase:
     discriminator: bool
 
 
-def phase_at(loss: GanLoss, step: int, steps_per_epoch: float) -> Phase:
-    """Starts are in epochs; a part whose weight is zero never starts."""
+@dataclass(frozen=True)
+class Starts:
+    """The first optimizer step, counted from 0, in which each part is on; None: never."""
 
-    def started(epoch: float) -> bool:
-        return step >= epoch * steps_per_epoch
+    perceptual: int | None
+    adversarial: int | None
+    discriminator: int | None
 
-    update_start = loss.disc_start if loss.disc_upd_start is None else loss.disc_upd_start
-    return Phase(
-        perceptual=loss.perceptual_weight > 0 and started(loss.lpips_start),
-        adversarial=loss.disc_weight > 0 and started(loss.disc_start),
-        discriminator=loss.disc_weight > 0 and started(update_start),
-    )
+    @classmethod
+    def of(cls, loss: GanLoss, *, steps_per_epoch: int, images_per_step: int) -> Starts:
+        """The config's starts, which are in epochs or images; a part whose weight is zero never starts."""
+        steps = float(steps_per_epoch) if loss.starts_in == "epochs" else 1 / images_per_step
+
+        def first(start: float, weight: float) -> int | None:
+            return ceil(start * steps - ROUNDING) if weight > 0 else None
+
+        update_start = loss.disc_start if loss.disc_upd_start is None else loss.disc_upd_start
+        return cls(
+            perceptual=first(loss.lpips_start, loss.perceptual_weight),
+            adversarial=first(loss.disc_start, loss.disc_weight),
+            discriminator=first(update_start, loss.disc_weight),
+        )
+
+    def phase(self, step: int) -> Phase:
+        """What is on at a step."""
+        return Phase(
+            *(first is not None and step >= first for first in (self.perceptual, self.adversarial, self.discriminator))
+        )
+
+
+@dataclass(frozen=True)
+class GeneratorParts:
+    """Losses of the decoder on one micro-batch before they are balanced, and their gradients at its output.
+
+    Attributes:
+        reconstruction: l1 + perceptual_weight * perceptual.
+        grad_BNE: of `reconstruction`.
+        adversarial_grad_BNE: of `adversarial`; None while that is off.
+        last_layer_grads_2ED: of both with respect to the last layer's weight; None while `adversarial` is off.
+    """
+
+    l1: Tensor
+    perceptual: Tensor
+    adversarial: Tensor
+    reconstruction: Tensor
+    grad_BNE: Tensor
+    adversarial_grad_BNE: Tensor | None = None
+    last_layer_grads_2ED: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -136,8 +174,8 @@ class DecoderObjective:
         heads: nn.Module | None,
         draws: AugmentDraws | None,
         phase: Phase,
-    ) -> GeneratorTerms:
-        """The decoder's losses on what it made of noised latents.
+    ) -> GeneratorParts:
+        """The decoder's losses on what it made of noised latents; `balanced` makes the whole of them.
 
         Args:
             patches_BNE: the decoder's output.
@@ -147,25 +185,46 @@ class DecoderObjective:
             draws: augmentation draws; None only where `phase` has no adversarial part.
             phase: which parts are on.
         """
-        patches = patches_BNE.detach().float().requires_grad_()
-        image = self.to_pixels(patches)
-        l1 = (image - target_B3HW).abs().mean()
-        adversarial = perceptual = weight = torch.zeros_like(l1)
-        if phase.perceptual:
-            assert self.perceptual is not None
-            with self.autocast():
-                perceptual = self.perceptual(image, target_B3HW).float()
-        if phase.adversarial:
+        patches = at_least_float32(patches_BNE.detach()).requires_grad_()
+        with torch.enable_grad():
+            image = self.to_pixels(patches)
+            l1 = (image - target_B3HW).abs().mean()
+            adversarial = perceptual = torch.zeros_like(l1)
+            if phase.perceptual:
+                assert self.perceptual is not None
+                with self.autocast():
+                    perceptual = at_least_float32(self.perceptual(image, target_B3HW))
+            reconstruction = l1 + self.loss.perceptual_weight * perceptual
+            (grad,) = torch.autograd.grad(reconstruction, patches, retain_graph=phase.adversarial)
+            if not phase.adversarial:
+                return GeneratorParts(l1.detach(), perceptual.detach(), adversarial, reconstruction.detach(), grad)
             assert heads is not None and draws is not None
             adversarial = self._adversarial(image, heads, draws)
-        reconstruction = l1 + self.loss.perceptual_weight * perceptual
-        (grad,) = torch.autograd.grad(reconstruction, patches, retain_graph=phase.adversarial)
-        if phase.adversarial:
-            (gan_grad,) = torch.autograd.grad(adversarial, patches)
-            weight = self._adaptive_weight(last_input_BND, grad, gan_grad)
-            grad = grad + self.loss.disc_weight * weight * gan_grad
-        total = reconstruction + self.loss.disc_weight * weight * adversarial
-        return GeneratorTerms(grad, *(term.detach() for term in (l1, perceptual, adversarial, weight, total)))
+            (adversarial_grad,) = torch.autograd.grad(adversarial, patches)
+        inputs = at_least_float32(last_input_BND.detach()).flatten(0, 1)
+        last_layer = torch.stack([part.flatten(0, 1).T @ inputs for part in (grad, adversarial_grad)])
+        losses = (part.detach() for part in (l1, perceptual, adversarial, reconstruction))
+        return GeneratorParts(*losses, grad, adversarial_grad, last_layer)
+
+    def balanced(self, group: Sequence[GeneratorParts]) -> list[GeneratorTerms]:
+        """The micro-batches of one optimizer step with the adaptive weight of the whole global batch.
+
+        One weight for all of them, from the mean of the last layer's gradients over micro-batches and ranks: a step
+        does not depend on how its batch was cut.
+        """
+        grads = [parts.last_layer_grads_2ED for parts in group]
+        weight = torch.zeros_like(group[0].l1)
+        if grads[0] is not None:
+            reconstruction, adversarial = self.mean_over_ranks(sum(grads) / len(grads)).unbind(0)
+            weight = adaptive_weight(reconstruction, adversarial, self.loss.max_d_weight)
+        return [self._balanced(parts, weight) for parts in group]
+
+    def _balanced(self, parts: GeneratorParts, weight: Tensor) -> GeneratorTerms:
+        factor, grad = self.loss.disc_weight * weight, parts.grad_BNE
+        if parts.adversarial_grad_BNE is not None:
+            grad = grad + factor * parts.adversarial_grad_BNE
+        total = parts.reconstruction + factor * parts.adversarial
+        return GeneratorTerms(grad, parts.l1, parts.perceptual, parts.adversarial, weight, total)
 
     def _adversarial(self, image: Tensor, heads: nn.Module, draws: AugmentDraws) -> Tensor:
         """The generator's loss; the backward pass goes to the image and not to the heads, whose engine sees nothing."""
@@ -178,13 +237,6 @@ class DecoderObjective:
             loss = generator_loss(functional_call(heads, state, (self.backbone(seen),)))
         heads.train(was_training)
         return loss
-
-    def _adaptive_weight(self, last_input_BND: Tensor, grad_BNE: Tensor, gan_grad_BNE: Tensor) -> Tensor:
-        """From the last layer's gradients over the whole global batch, so that any number of ranks agrees."""
-        inputs = last_input_BND.detach().float().flatten(0, 1)
-        both = torch.stack([grad.flatten(0, 1).T @ inputs for grad in (grad_BNE, gan_grad_BNE)])
-        reconstruction, adversarial = self.mean_over_ranks(both).unbind(0)
-        return adaptive_weight(reconstruction, adversarial, self.loss.max_d_weight)
 
     def discriminator(
         self,
@@ -210,10 +262,10 @@ class DecoderObjective:
             halves = zip(*(both.chunk(2) for both in activations), strict=True)
             fake_logits, real_logits = heads(*halves)
             loss = self.discriminator_loss(real_logits, fake_logits)
-        accuracy = (real_logits > fake_logits).float().mean()
+        accuracy = (real_logits > fake_logits).to(loss.dtype).mean()
         return DiscriminatorTerms(loss, accuracy, real_logits.detach(), fake_logits.detach())
 
 
 def discretized(image_B3HW: Tensor) -> Tensor:
     """Images of [0, 1] clamped and rounded to 8 bits, then in [-1, 1]: no tell-tale values between the grid's."""
-    return (image_B3HW.float().clamp(0, 1) * 255).round() / 127.5 - 1
+    return (at_least_float32(image_B3HW).clamp(0, 1) * 255).round() / 127.5 - 1

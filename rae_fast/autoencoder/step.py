@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rae_fast.autoencoder.feed import DecoderBatch
-from rae_fast.autoencoder.objective import DecoderObjective, Phase, augment_draws
+from rae_fast.autoencoder.batch import DecoderBatch
+from rae_fast.autoencoder.losses import at_least_float32
+from rae_fast.autoencoder.objective import DecoderObjective, GeneratorParts, GeneratorTerms, Phase, augment_draws
 from rae_fast.autoencoder.rae import add_latent_noise
 from rae_fast.rng import Stream, normal, uniform
 from rae_fast.training.engine import RECORD, Engine
@@ -30,6 +31,8 @@ FIGURES = (
 
 class DecoderStep:
     """Updates both players on one group of micro-batches.
+
+    A step does not depend on how its global batch is cut into ranks and micro-batches, but for the rounding of sums.
 
     Args:
         generator: engine around the bare decoder.
@@ -57,38 +60,60 @@ class DecoderStep:
         Returns:
             `FIGURES`, float64 on the device, over all ranks.
         """
-        for batch in group:
-            self._update_decoder(batch, step, phase)
+        self._update_decoder(group, step, phase)
         figures = self.generator.record.clone()
         if not phase.discriminator:
             return torch.cat([figures, figures.new_zeros(2 * len(DISCRIMINATOR_TERMS))])
         assert self.discriminator is not None
-        for update in range(self.objective.loss.disc_updates):
-            for batch in group:
-                self._update_discriminator(batch, step * self.objective.loss.disc_updates + update)
+        updates = self.objective.loss.disc_updates
+        for update in range(step * updates, (step + 1) * updates):
+            self._update_discriminator(group, update)
         loss, norm, skipped, _, accuracy = self.discriminator.record.unbind()
         figures[SKIPPED] = torch.maximum(figures[SKIPPED], skipped)
         one = torch.ones_like(loss)
         return torch.cat([figures, torch.stack([loss, one, norm, one, accuracy, one])])
 
-    def _update_decoder(self, batch: DecoderBatch, step: int, phase: Phase) -> None:
+    # --- the decoder ------------------------------------------------------------------------------------------------
+
+    def _update_decoder(self, group: Sequence[DecoderBatch], step: int, phase: Phase) -> None:
+        ready: list[GeneratorTerms] = []
+        if phase.adversarial and len(group) > 1:
+            # The adaptive weight is that of all micro-batches, and must be known before the first one's backward pass:
+            # one more forward pass of the decoder, whose outputs' gradients are kept instead of its activations.
+            ready = self.objective.balanced([self._parts(self._decoded(b), b, step, phase) for b in group])
+        for i, batch in enumerate(group):
+            patches_BNE = self.generator(self.noised(batch))
+            if ready:
+                terms = ready[i]
+            else:
+                (terms,) = self.objective.balanced([self._parts(patches_BNE, batch, step, phase)])
+            self.generator.backward(terms.surrogate(patches_BNE))
+            self.generator.observe(self._observed(terms, phase))
+            self.generator.step()
+
+    @torch.no_grad()
+    def _decoded(self, batch: DecoderBatch) -> Tensor:
+        with self.generator.autocast():
+            return self.generator.module(self.noised(batch))
+
+    def _parts(self, patches_BNE: Tensor, batch: DecoderBatch, step: int, phase: Phase) -> GeneratorParts:
         draws = heads = None
         if phase.adversarial:
             assert self.discriminator is not None
             draws = augment_draws(self.seed, batch.epoch, step * self.objective.loss.disc_updates, batch.index_B)
             heads = self.discriminator.module
-        patches_BNE = self.generator(self.noised(batch))
-        terms = self.objective.generator(patches_BNE, self._last_input()[:, 1:], batch.images_B3SS, heads, draws, phase)
-        self.generator.backward(terms.surrogate(patches_BNE))
+        last_input_BND = self._last_input()[:, 1:]
+        return self.objective.generator(patches_BNE, last_input_BND, batch.images_B3SS, heads, draws, phase)
+
+    def _observed(self, terms: GeneratorTerms, phase: Phase) -> Tensor:
         adversarial = torch.full_like(terms.l1, float(phase.adversarial))
         perceptual = torch.full_like(terms.l1, float(phase.perceptual))
         observed = [terms.l1, terms.perceptual, perceptual, terms.adversarial, adversarial]
         observed += [terms.adaptive_weight, adversarial]
-        self.generator.observe(torch.stack(observed) / self._parts(self.generator))
-        self.generator.step()
+        return torch.stack(observed) / self._shares(self.generator)
 
     @staticmethod
-    def _parts(engine: Engine) -> int:
+    def _shares(engine: Engine) -> int:
         """Micro-batches of all ranks in a step: the engine sums, the log wants means."""
         return engine.accumulation * engine.ranks.world
 
@@ -101,16 +126,25 @@ class DecoderStep:
         n_BNC = normal(*draw, Stream.LATENT_NOISE, tuple(batch.tokens_BNC.shape[1:]))
         return add_latent_noise(batch.tokens_BNC, self.tau, u_B, n_BNC)
 
-    def _update_discriminator(self, batch: DecoderBatch, update: int) -> None:
+    # --- the discriminator ------------------------------------------------------------------------------------------
+
+    def _update_discriminator(self, group: Sequence[DecoderBatch], update: int) -> None:
         assert self.discriminator is not None
-        # The generator's update has used row 0 of the draws; rows 1 and 2 are for fake and real.
-        draws = augment_draws(self.seed, batch.epoch, update, batch.index_B)
-        with torch.no_grad(), self.generator.autocast():
-            fake_B3SS = self.objective.to_pixels(self.generator.module(batch.tokens_BNC).float())
-        terms = self.objective.discriminator(self.discriminator, fake_B3SS, batch.images_B3SS, draws)
-        self.discriminator.backward(terms.loss)
-        self.discriminator.observe(terms.accuracy.reshape(1) / self._parts(self.discriminator))
-        self.discriminator.step()
+        vectors = list(self.discriminator.module.buffers())
+        before = [vector.clone() for vector in vectors]
+        for i, batch in enumerate(group):
+            if i:
+                # Every micro-batch makes the step's power iterations, and none but them.
+                for vector, value in zip(vectors, before, strict=True):
+                    vector.copy_(value)
+            # The generator's update has used row 0 of the draws; rows 1 and 2 are for fake and real.
+            draws = augment_draws(self.seed, batch.epoch, update, batch.index_B)
+            with torch.no_grad(), self.generator.autocast():
+                fake_B3SS = self.objective.to_pixels(at_least_float32(self.generator.module(batch.tokens_BNC)))
+            terms = self.objective.discriminator(self.discriminator, fake_B3SS, batch.images_B3SS, draws)
+            self.discriminator.backward(terms.loss)
+            self.discriminator.observe(terms.accuracy.reshape(1) / self._shares(self.discriminator))
+            self.discriminator.step()
 
 
 def last_layer_input(decoder: nn.Module) -> Callable[[], Tensor]:

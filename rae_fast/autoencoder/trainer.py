@@ -2,7 +2,7 @@
 
     runs/<name>/config.yaml, manifest.json       what was asked for, and what it was made from
     runs/<name>/log.jsonl, speed.jsonl           losses and speed, see `training.monitor`
-    runs/<name>/eval.jsonl                       held-out PSNR, SSIM (LPIPS) of EMA and online weights
+    runs/<name>/eval.jsonl                       held-out PSNR, SSIM (LPIPS, rFID) of EMA and online weights
     runs/<name>/samples/step-0000500.png         held-out originals, reconstructions, differences
     runs/<name>/checkpoints/                     exact state of both players
     runs/<name>/export/                          decoder with EMA weights: model.pt (released layout), safetensors
@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from rae_fast.autoencoder.assembly import build_encoder_if_needed, build_feed, build_players
-from rae_fast.autoencoder.objective import phase_at
+from rae_fast.autoencoder.assembly import build_encoder_if_needed, build_players
+from rae_fast.autoencoder.feed import build_feed
 from rae_fast.autoencoder.step import FIGURES
+from rae_fast.autoencoder.validation import prepare_held_out
 from rae_fast.config import Config
 from rae_fast.errors import UserError
 from rae_fast.geometry import resolve_geometry
@@ -48,7 +49,7 @@ def train_decoder(config: Config, ranks: Ranks | None = None, *, name: str = "de
 
     Returns:
         step, steps (of the whole run), finished, run_folder, export (path of model.pt, None before the end), and the
-        last evaluation's psnr_db, ssim (lpips).
+        last evaluation's psnr_db, ssim (lpips, rfid).
 
     Raises:
         UserError: the config contradicts itself or the store, something it names is missing or unusable, or the loss
@@ -56,7 +57,6 @@ def train_decoder(config: Config, ranks: Ranks | None = None, *, name: str = "de
     """
     ranks = ranks or Ranks()
     device = pick_device(config.runtime.device, ranks.local_rank)
-    resolve_geometry(config)
     share_threads(ranks, device)
     init_distributed(ranks, device)
     folder = run_folder(config, name)
@@ -88,6 +88,7 @@ class DecoderRun:
         self.config, self.ranks, self.device, self.folder = config, ranks, device, folder
         training = config.training
         self.batches = plan_batches(training, ranks)
+        geometry = resolve_geometry(config)
         encoder = build_encoder_if_needed(config, device)
         self.feed = build_feed(config, self.batches, ranks, device, encoder)
         self.steps_per_epoch = self.feed.epoch_images // self.batches.global_batch
@@ -103,6 +104,8 @@ class DecoderRun:
             total_steps=self.total_steps,
         )
         self.generator = self.players.generator
+        perceptual = self.players.update.objective.perceptual
+        self.held_out = prepare_held_out(config, encoder, geometry.image_size, ranks, perceptual)
         self.checkpoints = Checkpointer(
             folder / "checkpoints", ranks, keep=training.keep_checkpoints, keep_every=training.keep_every
         )
@@ -164,8 +167,7 @@ class DecoderRun:
         group = [next(self.feed) for _ in range(self.batches.accumulation)]
         waited_s = self.feed.wait_s - waited_s
         heartbeat.enter("training step")
-        phase = phase_at(self.config.gan.loss, self.step, self.steps_per_epoch)
-        figures = self.players.update(group, self.step, phase)
+        figures = self.players.update(group, self.step, self.players.starts.phase(self.step))
         self.step += 1
         self.monitor.record(
             self.step,
@@ -194,8 +196,7 @@ class DecoderRun:
 
     def evaluate(self) -> None:
         """Measure EMA weights, and online weights if wanted, on the held-out images; one line each in eval.jsonl."""
-        held_out = self.players.held_out
-        if held_out is None:
+        if self.held_out is None:
             return
         chosen = [("ema", self.generator.ema_applied)] if self.generator.ema.labels else []
         if self.config.eval.eval_model or not chosen:
@@ -203,7 +204,7 @@ class DecoderRun:
         for name, applied in reversed(chosen):
             start_s = time.monotonic()
             with applied() as decoder:
-                found = held_out.measure(
+                found = self.held_out.measure(
                     decoder, self.players.to_pixels, self.ranks, self.device, self.generator.autocast
                 )
             self.last_evaluation = found
@@ -218,14 +219,13 @@ class DecoderRun:
 
     def draw_grid(self) -> None:
         """Held-out originals, reconstructions by EMA weights, and differences, as a PNG of rank 0."""
-        held_out = self.players.held_out
-        if held_out is None:
+        if self.held_out is None:
             return
         applied = self.generator.ema_applied if self.generator.ema.labels else self.generator.online_applied
         with applied() as decoder:
             if self.ranks.is_main:
                 path = self.folder / "samples" / f"step-{self.step:07d}.png"
-                held_out.save_grid(path, decoder, self.players.to_pixels, self.device)
+                self.held_out.save_grid(path, decoder, self.players.to_pixels, self.device)
                 if self.monitor.sink is not None:
                     self.monitor.sink.image("samples", path, self.step * self.batches.global_batch)
 

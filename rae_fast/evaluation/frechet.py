@@ -6,12 +6,15 @@ Shapes: N samples, D features.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rae_fast.errors import UserError
+from rae_fast.runtime import Ranks
 
 
 class StreamingMoments:
@@ -44,6 +47,17 @@ class StreamingMoments:
     def merge(self, other: StreamingMoments) -> None:
         """Take in what `other` has seen."""
         self._combine(other.count, other._mean, other._scatter)
+
+    def over(self, ranks: Ranks) -> StreamingMoments:
+        """The moments of what all ranks have seen, on every rank; collective."""
+        if ranks.world == 1:
+            return self
+        states: list[Any] = [None] * ranks.world
+        dist.all_gather_object(states, self.state())
+        found = StreamingMoments(len(self._mean))
+        for state in states:
+            found.merge(self.from_state(state))
+        return found
 
     def _combine(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
         """Chan's update of count, mean and scatter."""

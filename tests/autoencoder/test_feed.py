@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rae_fast.autoencoder.feed import CachedFeed, DecoderBatch, OnlineFeed, as_tokens
+from rae_fast.autoencoder.batch import DecoderBatch, as_tokens
+from rae_fast.autoencoder.feed import CachedFeed, OnlineFeed
 from rae_fast.config import Config
 from rae_fast.images.index import build_index
 from rae_fast.latents.encode import LatentEncoder

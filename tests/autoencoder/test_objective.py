@@ -8,7 +8,7 @@ import torch
 from rae_fast.autoencoder.augment import DiffAugment
 from rae_fast.autoencoder.decoder import DecoderConfig, ViTDecoder
 from rae_fast.autoencoder.discriminator import DiscriminatorHeads, build_backbone, build_heads
-from rae_fast.autoencoder.objective import DecoderObjective, Phase, augment_draws, discretized, phase_at
+from rae_fast.autoencoder.objective import DecoderObjective, Phase, Starts, augment_draws, discretized
 from rae_fast.autoencoder.step import last_layer_input
 from rae_fast.config import DiscriminatorArch, GanLoss
 
@@ -55,7 +55,8 @@ def test_surrogate_has_the_gradients_of_the_whole_loss(decoder: ViTDecoder, head
     ours, draws = objective(decoder), augment_draws(0, 0, 0, torch.arange(3))
     last_input = last_layer_input(decoder)
     patches = decoder(tokens)
-    terms = ours.generator(patches, last_input()[:, 1:], target, heads, draws, Phase(True, True, True))
+    parts = ours.generator(patches, last_input()[:, 1:], target, heads, draws, Phase(True, True, True))
+    (terms,) = ours.balanced([parts])
     once = torch.autograd.grad(terms.surrogate(patches), list(decoder.parameters()))
 
     image = decoder.unpatchify(decoder(tokens))
@@ -83,7 +84,8 @@ def test_decoder_s_update_leaves_the_heads_as_they_were(decoder: ViTDecoder, hea
     patches = decoder(torch.randn(2, 16, 16))
     draws = augment_draws(0, 0, 0, torch.arange(2))
     ours = objective(decoder)
-    terms = ours.generator(patches, last_input()[:, 1:], torch.rand(2, 3, 32, 32), heads, draws, Phase(1, 1, 1))
+    parts = ours.generator(patches, last_input()[:, 1:], torch.rand(2, 3, 32, 32), heads, draws, Phase(1, 1, 1))
+    (terms,) = ours.balanced([parts])
     terms.surrogate(patches).backward()
     assert heads.training
     assert all(parameter.grad is None for parameter in heads.parameters())
@@ -94,7 +96,9 @@ def test_parts_that_are_off_cost_nothing_and_count_nothing(decoder: ViTDecoder) 
     last_input = last_layer_input(decoder)
     patches = decoder(torch.randn(2, 16, 16))
     target = torch.rand(2, 3, 32, 32)
-    terms = objective(decoder).generator(patches, last_input()[:, 1:], target, None, None, Phase(False, False, False))
+    ours = objective(decoder)
+    off = Phase(False, False, False)
+    (terms,) = ours.balanced([ours.generator(patches, last_input()[:, 1:], target, None, None, off)])
     assert (
         float(terms.total)
         == float(terms.l1)
@@ -126,10 +130,20 @@ def test_fakes_lie_on_the_eight_bit_grid() -> None:
 
 def test_phases_begin_at_their_epochs_and_never_without_weight() -> None:
     loss = GanLoss(perceptual_weight=1.0, lpips_start=1, disc_weight=0.5, disc_upd_start=2, disc_start=3)
-    at = [phase_at(loss, step, steps_per_epoch=10) for step in (0, 9, 10, 19, 20, 29, 30)]
+    starts = Starts.of(loss, steps_per_epoch=10, images_per_step=32)
+    at = [starts.phase(step) for step in (0, 9, 10, 19, 20, 29, 30)]
     assert [phase.perceptual for phase in at] == [False, False, True, True, True, True, True]
     assert [phase.discriminator for phase in at] == [False] * 4 + [True] * 3
     assert [phase.adversarial for phase in at] == [False] * 6 + [True]
-    assert phase_at(GanLoss(), 100, 10) == Phase(False, False, False)
-    shared = phase_at(GanLoss(disc_weight=1.0, disc_start=3), 30, 10)
+    never = Starts.of(GanLoss(), steps_per_epoch=10, images_per_step=32)
+    assert never.phase(100) == Phase(False, False, False)
+    shared = Starts.of(GanLoss(disc_weight=1.0, disc_start=3), steps_per_epoch=10, images_per_step=32).phase(30)
     assert shared.discriminator and shared.adversarial  # disc_upd_start follows disc_start
+
+
+def test_starts_may_be_counted_in_images() -> None:
+    loss = GanLoss(perceptual_weight=1.0, lpips_start=64, disc_weight=1.0, disc_start=65, starts_in="images")
+    starts = Starts.of(loss, steps_per_epoch=10, images_per_step=32)
+    assert starts == Starts(perceptual=2, adversarial=3, discriminator=3)
+    whole = GanLoss(disc_weight=1.0, disc_start=1.1)  # 1.1 * 10 is a bit more than 11
+    assert Starts.of(whole, steps_per_epoch=10, images_per_step=32).adversarial == 11

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import rae_fast
-from rae_fast.autoencoder.assembly import disc_scheduler, first_update
+from rae_fast.autoencoder.assembly import disc_scheduler
 from rae_fast.autoencoder.decoder import load_decoder_config
+from rae_fast.autoencoder.objective import Starts
 from rae_fast.config_file import load_config
 from rae_fast.geometry import resolve_geometry
 from rae_fast.runtime import Ranks
@@ -33,7 +34,9 @@ def test_recipe_is_consistent_and_says_what_it_needs(path: Path) -> None:
     assert load_decoder_config(str(config.stage_1.params.decoder_config_path)).decoder_num_hidden_layers in (12, 24, 28)
     assert config.cache.pixels and plan_batches(config.training, Ranks(world=1)).global_batch % 128 == 0
     loss = config.gan.loss
-    scheduler = disc_scheduler(config.gan.disc.scheduler, first_update(loss, STEPS_PER_EPOCH), STEPS_PER_EPOCH)
+    starts = Starts.of(loss, steps_per_epoch=STEPS_PER_EPOCH, images_per_step=512)
+    assert starts.discriminator is not None
+    scheduler = disc_scheduler(config.gan.disc.scheduler, starts.discriminator, STEPS_PER_EPOCH)
     schedule = build_schedule(scheduler, lr=2e-4, steps_per_epoch=STEPS_PER_EPOCH)
     assert schedule(0) < 1e-6 and schedule(10 * STEPS_PER_EPOCH) == pytest.approx(2e-5)
     head = path.read_text().splitlines()[:12]

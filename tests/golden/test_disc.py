@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rae_fast.autoencoder import step as step_module
 from rae_fast.autoencoder.augment import DiffAugment
+from rae_fast.autoencoder.batch import DecoderBatch, as_tokens
 from rae_fast.autoencoder.decoder import ViTDecoder
 from rae_fast.autoencoder.discriminator import (
     DinoBackbone,
@@ -24,7 +25,6 @@ from rae_fast.autoencoder.discriminator import (
     SpectralConv1d,
     load_backbone_weights,
 )
-from rae_fast.autoencoder.feed import DecoderBatch, as_tokens
 from rae_fast.autoencoder.losses import (
     VGG_CONVOLUTIONS,
     Lpips,
@@ -272,7 +272,8 @@ class Step:
         last_input = step_module.last_layer_input(self.decoder)
         patches = self.decoder(self.noised_BNC)
         images = self.batch.images_B3SS
-        return patches, self.objective.generator(patches, last_input()[:, 1:], images, self.heads, self.draws, ALL_ON)
+        parts = self.objective.generator(patches, last_input()[:, 1:], images, self.heads, self.draws, ALL_ON)
+        return patches, self.objective.balanced([parts])[0]
 
 
 @pytest.fixture
