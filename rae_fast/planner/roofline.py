@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rae_fast.config import Config
-from rae_fast.config_file import load_config
 from rae_fast.dit.registry import TARGETS, size_presets
 from rae_fast.errors import UserError
 from rae_fast.geometry import dit_params, resolve_geometry
@@ -88,6 +87,9 @@ def from_preset(name: str, tokens: int, channels: int, **changes: object) -> Mod
 
 def from_file(path: Path) -> Model:
     """The model of a configuration file."""
+    # Here, so that GPU benchmarks of released sizes run without OmegaConf.
+    from rae_fast.config_file import load_config
+
     return from_config(load_config(path, []))
 
 
