@@ -1,7 +1,7 @@
 """What a training step of a diffusion transformer takes of a device's memory, and what to change when it is too much.
 
-States are exact; activations are what the reference's blocks keep under bfloat16 autocast, measured in units of one
-token's width: 37 for a trunk block, 41 for a head block (eager; about half with compiled or fused blocks).
+States are exact. Activations are bytes for each value of a block's width, as autograd saves them of eager blocks with
+the plain operations (a test counts them); compiled or fused blocks save about half.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from rae_fast.dit.blocks import OwnTypeLinear
 from rae_fast.dit.trunk import DiffusionTransformer
 
-BLOCK_UNITS = 40
-CHECKPOINT_UNITS = 2  # the float32 input of a block
+# By bytes of an activation (2: bfloat16 autocast, 4: float32), for blocks modulated by sample and by token: what a
+# block saves for its backward pass, and what is left of it when it is recomputed (its input).
+SAVED_BYTES = {2: (66, 95), 4: (108, 150)}
+RECOMPUTED_BYTES = {2: (4, 8), 4: (4, 13)}
+LAST_LAYER_BYTES = 17  # never recomputed
 HEADROOM = 0.92  # share of a device that a run can use: context, fragmentation, communication buffers
 
 
@@ -23,8 +27,11 @@ class MemoryPlan:
 
     Attributes:
         parameters: number of trained parameters.
-        block_values: values of width N x D over all blocks, per sample.
-        largest_block: the largest block's N x D, per sample.
+        sample_values: N x D over all blocks that are modulated by sample, for one image.
+        token_values: the same over blocks that are modulated by token.
+        last_values: N x D of the last layer, for one image.
+        largest_block: (modulated by token?, N x D) of the block that saves most.
+        cast_parameters: parameters that autocast keeps a 16-bit copy of, from forward to backward.
         micro_batch: samples of a micro-step.
         world: ranks that share the states.
         zero_stage: of DeepSpeed; 0 for DDP.
@@ -34,8 +41,11 @@ class MemoryPlan:
     """
 
     parameters: int
-    block_values: int
-    largest_block: int
+    sample_values: int
+    token_values: int
+    last_values: int
+    largest_block: tuple[bool, int]
+    cast_parameters: int
     micro_batch: int
     world: int = 1
     zero_stage: int = 1
@@ -54,17 +64,29 @@ class MemoryPlan:
 
     @property
     def activation_bytes(self) -> int:
-        """What the backward pass needs of the forward pass."""
-        if self.checkpointing:
-            units = CHECKPOINT_UNITS * self.block_values + BLOCK_UNITS * self.largest_block
-        else:
-            units = BLOCK_UNITS * self.block_values
-        return units * self.value_bytes * self.micro_batch
+        """What the backward pass needs of the forward pass, of a whole micro-batch."""
+        saved = SAVED_BYTES[self.value_bytes]
+        if not self.checkpointing:
+            return (saved[0] * self.sample_values + saved[1] * self.token_values) * self.micro_batch
+        kept = RECOMPUTED_BYTES[self.value_bytes]
+        by_token, values = self.largest_block
+        inputs = kept[0] * self.sample_values + kept[1] * self.token_values + LAST_LAYER_BYTES * self.last_values
+        return (inputs + saved[by_token] * values) * self.micro_batch
+
+    @property
+    def copy_bytes(self) -> int:
+        """16-bit copies of the weights; a recomputed block makes its own anew."""
+        return 2 * self.cast_parameters if self.value_bytes == 2 and not self.checkpointing else 0
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What does not grow with the micro-batch."""
+        return self.state_bytes + self.copy_bytes
 
     @property
     def total_bytes(self) -> int:
-        """States and activations."""
-        return self.state_bytes + self.activation_bytes
+        """States, copies and activations."""
+        return self.fixed_bytes + self.activation_bytes
 
 
 def plan_memory(
@@ -79,12 +101,32 @@ def plan_memory(
 ) -> MemoryPlan:
     """The memory plan of a model; see `MemoryPlan` for the arguments."""
     tokens = model.grid**2
-    widths = [width_of(block) for block in model.blocks]
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    blocks = [tokens * width for width in widths]
+    blocks = [(modulated_by_token(block), tokens * width_of(block)) for block in model.blocks]
+    saved = SAVED_BYTES[value_bytes]
     return MemoryPlan(
-        parameters, sum(blocks), max(blocks), micro_batch, world, zero_stage, averages, value_bytes, checkpointing
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sample_values=sum(values for by_token, values in blocks if not by_token),
+        token_values=sum(values for by_token, values in blocks if by_token),
+        last_values=blocks[-1][1],
+        largest_block=max(blocks, key=lambda block: saved[block[0]] * block[1]),
+        cast_parameters=sum(
+            p.numel()
+            for module in model.modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, OwnTypeLinear)
+            for p in module.parameters(recurse=False)
+        ),
+        micro_batch=micro_batch,
+        world=world,
+        zero_stage=zero_stage,
+        averages=averages,
+        value_bytes=value_bytes,
+        checkpointing=checkpointing,
     )
+
+
+def modulated_by_token(block: nn.Module) -> bool:
+    """Whether each token has a modulation of its own."""
+    return not any(isinstance(module, OwnTypeLinear) for module in block.modules())
 
 
 def width_of(block: nn.Module) -> int:
@@ -100,7 +142,7 @@ def advise(plan: MemoryPlan, device_bytes: int) -> str:
         for stage in (plan.zero_stage, *(s for s in (1, 2, 3) if s > plan.zero_stage and plan.world > 1)):
             changed = replace(plan, checkpointing=checkpointing, zero_stage=stage, micro_batch=1)
             per_sample = changed.activation_bytes
-            fitting = min((room - changed.state_bytes) // per_sample, plan.micro_batch)
+            fitting = min((room - changed.fixed_bytes) // per_sample, plan.micro_batch)
             if fitting >= 1:
                 candidates.append(replace(changed, micro_batch=power_of_two(int(fitting))))
     if not candidates:
