@@ -15,9 +15,9 @@ from rae_fast.dit.trunk import DiffusionTransformer
 
 # By bytes of an activation (2: bfloat16 autocast, 4: float32), for blocks modulated by sample and by token: what a
 # block saves for its backward pass, and what is left of it when it is recomputed (its input).
-SAVED_BYTES = {2: (66, 95), 4: (108, 150)}
+SAVED_BYTES = {2: (65, 88), 4: (107, 146)}
 RECOMPUTED_BYTES = {2: (4, 8), 4: (4, 13)}
-LAST_LAYER_BYTES = 17  # never recomputed
+LAST_LAYER_BYTES = 18  # with the embedding; never recomputed
 HEADROOM = 0.92  # share of a device that a run can use: context, fragmentation, communication buffers
 
 
@@ -66,12 +66,12 @@ class MemoryPlan:
     def activation_bytes(self) -> int:
         """What the backward pass needs of the forward pass, of a whole micro-batch."""
         saved = SAVED_BYTES[self.value_bytes]
-        if not self.checkpointing:
-            return (saved[0] * self.sample_values + saved[1] * self.token_values) * self.micro_batch
-        kept = RECOMPUTED_BYTES[self.value_bytes]
-        by_token, values = self.largest_block
-        inputs = kept[0] * self.sample_values + kept[1] * self.token_values + LAST_LAYER_BYTES * self.last_values
-        return (inputs + saved[by_token] * values) * self.micro_batch
+        by_sample, by_token = RECOMPUTED_BYTES[self.value_bytes] if self.checkpointing else saved
+        kept = by_sample * self.sample_values + by_token * self.token_values + LAST_LAYER_BYTES * self.last_values
+        if self.checkpointing:
+            kind, values = self.largest_block
+            kept += saved[kind] * values
+        return kept * self.micro_batch
 
     @property
     def copy_bytes(self) -> int:

@@ -57,6 +57,6 @@ def test_recomputed_blocks_leave_their_inputs_and_one_block(bf16: bool) -> None:
         model = build_dit("DiTDH", {"input_size": 16, "num_classes": 1000, **SMALL})
     plan = plan_memory(model, micro_batch=1, value_bytes=2 if bf16 else 4, checkpointing=True)
     two, six = (saved_bytes("DiTDH", SMALL, batch, bf16, True) for batch in (2, 6))
-    one_block = (95 if bf16 else 150) * 256 * 2048
+    one_block = (88 if bf16 else 146) * 256 * 2048
     assert plan.activation_bytes == pytest.approx((six - two) / 4 + one_block, rel=0.1)
     assert plan.copy_bytes == 0
