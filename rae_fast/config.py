@@ -339,6 +339,7 @@ class Runtime:
     activation_checkpointing: bool = False  # recompute each block's activations in the backward pass
     profile: str | None = None  # steps to trace, as "10..15"
     deterministic: bool = False  # kernels whose sums have a fixed order: two runs on one machine agree bit for bit
+    spmd: bool = False  # xla: one process drives all its devices; batch and weights are cut over them
     stall_s: float = 300.0  # say which rank waits for what when no training step has ended for so long
 
 

@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = tool_parser(str(__doc__), EXAMPLE, config=False)
     kinds = parser.add_subparsers(required=True, metavar="KIND", title="kinds")
     for name, run, text in (
-        ("dit", _dit, "the weights of a diffusion transformer, bare"),
+        ("dit", _dit, "the weights of a diffusion transformer, bare; IN may be a run folder, also while it runs"),
         ("decoder", _decoder, "the decoder of a stage-1 checkpoint, bare"),
         ("statistics", _statistics, "latent statistics: stat.pt or .safetensors"),
         ("pack", _pack, "a whole .pt checkpoint, optimizer and all, as one .safetensors"),
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
             kind.add_argument("--weights", choices=official.WEIGHTS, default="ema", help="of a training checkpoint")
             kind.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as it is")
         if name == "dit":
+            kind.add_argument("--ema", help="of our run: a decay it kept, power_<sigma_rel> of any width, or online")
             kind.add_argument("--config", type=Path, help="YAML whose stage_2 the weights must fit")
     kind = kinds.add_parser("to-diffusers", help="the autoencoder of a config as an AutoencoderRAE folder")
     kind.add_argument("--config", type=Path, required=True, help="YAML with stage_1")
@@ -60,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _dit(args: argparse.Namespace) -> str:
+    if args.source.is_dir():
+        from rae_fast.training.export import export_checkpoint
+
+        ema = "online" if args.weights == "model" else args.ema
+        count = export_checkpoint(args.source, args.target, ema=ema, dtype=args.dtype)
+        return f"{args.target}: {count} tensors"
     if args.config is not None:
         official.check_dit(args.source, args.config, args.weights)
     count = official.convert_dit(args.source, args.target, args.weights, args.dtype)

@@ -12,7 +12,7 @@ def main() -> int:
     """Parse, load the config, train."""
     parser = tool_parser(
         "Train a diffusion transformer from a latent store; the same command goes on where an earlier one stopped.",
-        "deepspeed tools/train_dit.py --config configs/stage2/DiTDH-XL_256.yaml cache.path=stores/imagenet",
+        "deepspeed tools/train_dit.py --config configs/stage2/training/DiTDH-XL_DINOv2-B_256.yaml",
     )
     config, args = parse_tool(parser)
 

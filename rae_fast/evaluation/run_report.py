@@ -20,7 +20,8 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gradient norm", ("grad_norm", "disc_grad_norm")),
     ("learning rate", ("lr",)),
 )
-BAND = "loss_t"  # columns of the loss by timestep begin so
+# Columns that begin so are drawn together: prefix -> (axis title, what stands before the rest of the name).
+FAMILIES = {"loss_t": ("loss by timestep", "t "), "ema_distance_": ("relative distance of the EMA", "decay ")}
 
 
 def write_run_report(folder: Path) -> Path:
@@ -43,7 +44,10 @@ def write_run_report(folder: Path) -> Path:
     _add_grids(page, folder / "samples")
     page.heading("Throughput")
     page.curves({"images/s": column(speed, "step", "images_per_s")}, "optimizer step", "images/s")
-    page.curves({"data wait": column(speed, "step", "data_wait")}, "optimizer step", "share of the step")
+    shares = {"data wait": column(speed, "step", "data_wait"), "MFU": column(speed, "step", "mfu")}
+    page.curves(shares, "optimizer step", "share")
+    memory_gb = {"peak memory of rank 0": column(speed, "step", "memory_bytes")}
+    page.curves({n: (x, [y / 1e9 for y in ys]) for n, (x, ys) in memory_gb.items()}, "optimizer step", "GB")
     _add_events(page, folder)
     page.heading("Checkpoints")
     page.text(", ".join(sorted(path.name for path in (folder / "checkpoints").glob("step-*"))) or "none yet")
@@ -54,12 +58,13 @@ def write_run_report(folder: Path) -> Path:
 
 
 def add_curves(page: Page, records: Sequence[Mapping[str, Any]]) -> None:
-    """A plot for each panel that the records have columns for, and one for the loss by timestep."""
+    """A plot for each panel and family that the records have columns for."""
     for title, names in PANELS:
         page.curves({name: column(records, "step", name) for name in names}, "optimizer step", title)
-    bands = sorted({name for record in records for name in record if name.startswith(BAND)})
-    labelled = {f"t {name.removeprefix(BAND)}": column(records, "step", name) for name in bands}
-    page.curves(labelled, "optimizer step", "loss by timestep")
+    for prefix, (title, before) in FAMILIES.items():
+        names = sorted({name for record in records for name in record if name.startswith(prefix)})
+        curves = {before + name.removeprefix(prefix): column(records, "step", name) for name in names}
+        page.curves(curves, "optimizer step", title)
 
 
 def _figures(records: Sequence[Mapping[str, Any]], speed: Sequence[Mapping[str, Any]]) -> dict[str, str]:

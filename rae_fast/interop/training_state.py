@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from rae_fast.config import Config, Optimizer
@@ -25,7 +23,7 @@ from rae_fast.interop.official import save_content
 from rae_fast.provenance import read_json
 from rae_fast.runtime import Ranks
 from rae_fast.training.batching import count_steps
-from rae_fast.training.restore import FORMAT, Piece, find_damage, read_pieces
+from rae_fast.training.restore import FORMAT, find_damage, newest, read_fixed, read_whole
 from rae_fast.training.schedule import build_schedule
 
 ENGINE = "model"
@@ -44,15 +42,22 @@ def convert_run_checkpoint(source: str | Path, target: str | Path) -> int:
     Raises:
         UserError: the checkpoint is damaged, of another kind of training, or holds no EMA.
     """
-    source = _folder(Path(source))
+    source = newest(Path(source))
     manifest = _read_manifest(source)
     about = manifest["engines"][ENGINE]
+    if about.get("optimizer", "adamw") != "adamw":
+        raise UserError(
+            f"checkpoint {source} was made by optimizer.type {about['optimizer']}",
+            "adamw, the one optimizer of the reference",
+            "use the weights in the run's export folder",
+        )
     averages = [kind for kind in about["kinds"] if kind.startswith("ema/")]
     if not averages:
         raise UserError(f"checkpoint {source} holds no EMA", "a run with training.ema_decay", "use its export folder")
     config = load_config(source.parent.parent / "config.yaml")
-    reader, fixed = _Reader(source, manifest["world"], about["shapes"]), _fixed(source)
-    trained = {kind: reader.read(kind) for kind in ("master", "exp_avg", "exp_avg_sq", averages[0])}
+    fixed = read_fixed(source, ENGINE)
+    kinds = ("master", "exp_avg", "exp_avg_sq", averages[0])
+    trained = {kind: read_whole(source, manifest, ENGINE, kind) for kind in kinds}
     module = _module(config, (trained["master"] | fixed)[LABEL_TABLE])
     step, state = manifest["step"], read_json(source / "state.json")
     lr = _next_lr(source.parent.parent, config, step)
@@ -71,12 +76,6 @@ def convert_run_checkpoint(source: str | Path, target: str | Path) -> int:
     }
     save_content(target, content)
     return step
-
-
-def _folder(source: Path) -> Path:
-    if (source / "latest").is_file():
-        return source / (source / "latest").read_text().strip()
-    return source
 
 
 def _read_manifest(source: Path) -> dict[str, Any]:
@@ -140,37 +139,6 @@ def _steps_per_epoch(run: Path) -> int | None:
         if entry.get("epoch"):
             return round(entry["step"] / entry["epoch"])
     return None
-
-
-class _Reader:
-    """Whole tensors out of the flat pieces of all ranks."""
-
-    def __init__(self, source: Path, world: int, shapes: dict[str, list[int]]) -> None:
-        self.source, self.shapes = source, shapes
-        self.pieces = read_pieces(source, world, ENGINE)
-
-    def read(self, kind: str) -> dict[str, Tensor]:
-        """All parameters of one kind (master, exp_avg, ...), float32, in the module's order."""
-        found = {name: torch.empty(prod(shape)) for name, shape in self.shapes.items()}
-        by_file: dict[str, list[tuple[str, Piece]]] = {}
-        for name, pieces in self.pieces.items():
-            for piece in pieces:
-                by_file.setdefault(piece.file, []).append((name, piece))
-        for file_name, parts in by_file.items():
-            with safe_open(self.source / file_name, "pt") as file:
-                flat = file.get_slice(f"{ENGINE}/{kind}")
-                for name, piece in parts:
-                    values = flat[piece.offset : piece.offset + piece.length]
-                    found[name][piece.start : piece.start + piece.length] = values
-        return {name: found[name].reshape(shape) for name, shape in self.shapes.items()}
-
-
-def _fixed(source: Path) -> dict[str, Tensor]:
-    """Persistent buffers and frozen parameters."""
-    prefix = f"{ENGINE}/"
-    with safe_open(source / "fixed.safetensors", "pt") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
 def _group(optimizer: Optimizer, lr: float, count: int) -> dict[str, Any]:

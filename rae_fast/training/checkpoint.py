@@ -215,6 +215,7 @@ def take_snapshot(step: int, engines: Mapping[str, Engine], state: Mapping[str, 
         counters[name] = engine.scalar_state()
         about["engines"][name] = {
             "zero_stage": engine.zero_stage,
+            "optimizer": engine.optimizer_type,
             "kinds": list(engine.flat_state()),
             "shapes": {key: list(shape) for key, shape in engine.shards.shapes.items()},
         }
@@ -245,8 +246,11 @@ def copy_to_host(flats: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor
     host = torch.empty(sum(s.length for s in segments), dtype=torch.float32, pin_memory=on_gpu)
     position = 0
     for s in segments:
-        source = flats[s.shard][s.offset : s.offset + s.length]
-        host[position : position + s.length].copy_(source, non_blocking=on_gpu)
+        if flats[s.shard].numel():
+            source = flats[s.shard][s.offset : s.offset + s.length]
+            host[position : position + s.length].copy_(source, non_blocking=on_gpu)
+        else:
+            host[position : position + s.length].zero_()
         position += s.length
     return host
 

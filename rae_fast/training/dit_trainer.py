@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -57,6 +58,7 @@ from rae_fast.training.wandb_sink import open_sink
 
 # Edges of the timestep bands whose losses are logged apart.
 BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
+EMA_DISTANCE = "ema_distance_"  # then the decay
 BAND_NAMES = tuple(f"loss_t{low:.2f}-{high:.2f}" for low, high in pairwise(BANDS))
 
 
@@ -118,7 +120,7 @@ class DiTRun:
     ) -> None:
         training, geometry = config.training, data.geometry
         self.config, self.geometry, self.batches, self.ranks, self.device = config, geometry, batches, ranks, device
-        self.folder, self.seed = folder, training.global_seed
+        self.folder, self.seed, self.facts = folder, training.global_seed, plain(data.facts)
         self.stream = self._open_stream(data)
         self.steps_per_epoch = self.stream.epoch_images // batches.global_batch
         self.total_steps = count_steps(training, self.steps_per_epoch)
@@ -166,6 +168,8 @@ class DiTRun:
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
         )
+        if self.device.type == "xla":
+            return self._build_xla_engine(schedule)
         return Engine(
             self.model,
             optimizer=training.optimizer,
@@ -180,8 +184,28 @@ class DiTRun:
             ema_decays=ema_decays(training),
         )
 
+    def _build_xla_engine(self, schedule: Callable[[int], float]) -> Engine:
+        from rae_fast.xla.engine import XlaEngine, announce
+        from rae_fast.xla.spmd import DeviceMesh
+
+        training = self.config.training
+        announce(self.config.runtime, self.config.deepspeed, self.ranks)
+        return XlaEngine(
+            self.model,
+            optimizer=training.optimizer,
+            lr=schedule,
+            ranks=self.ranks,
+            device=self.device,
+            runtime=self.config.runtime,
+            accumulation=self.batches.accumulation,
+            clip_grad=training.clip_grad,
+            ema_decays=ema_decays(training),
+            mesh=DeviceMesh() if self.config.runtime.spmd else None,
+        )
+
     def _build_monitor(self) -> Monitor:
-        names = [*RECORD, *(part for band in BAND_NAMES for part in (band, f"{band}/count"))]
+        averages = [f"{EMA_DISTANCE}{label}" for label in self.engine.ema.labels]
+        names = [*RECORD, *(part for name in (*BAND_NAMES, *averages) for part in (name, f"{name}/count"))]
         return Monitor(
             self.folder,
             self.ranks,
@@ -194,7 +218,9 @@ class DiTRun:
             flops_per_image=self._flops_per_image(),
             device=self.device,
             label="DiT",
-            sink=open_sink(self.config.logging, self.folder, self.ranks, plain(asdict(self.config))),
+            sink=open_sink(
+                self.config.logging, self.folder, self.ranks, {**plain(asdict(self.config)), "made_from": self.facts}
+            ),
         )
 
     def _flops_per_image(self) -> float | None:
@@ -243,6 +269,7 @@ class DiTRun:
         """Stop the loader's thread and give the engine's memory back."""
         self.stream.close()
         self.engine.close()
+        gc.unfreeze()
 
     def one_step(self, heartbeat: Heartbeat) -> None:
         """One optimizer step: all its micro-batches, then the update."""
@@ -259,12 +286,19 @@ class DiTRun:
             self.engine.step()
         self.monitor.record(
             self.engine.steps,
-            self.engine.record,
+            torch.cat([self.engine.record, self.ema_distances()]),
             epoch=self.engine.steps / self.steps_per_epoch,
             lr=self.engine.lr,
             wait_s=wait_s,
             samples=torch.cat(samples) if len(samples) > 1 else samples[0],
         )
+
+    def ema_distances(self) -> Tensor:
+        """(relative distance of the weights, 1) for each EMA, flat, before a log line; else zeros, not measured."""
+        if self.engine.steps % self.config.training.log_interval:
+            return torch.zeros(2 * len(self.engine.ema.labels), dtype=torch.float64, device=self.device)
+        distances = self.engine.ema_distances()
+        return torch.stack([distances, torch.ones_like(distances)], dim=1).flatten()
 
     def loss(self, batch: LatentBatch) -> Tensor:
         """Mean flow-matching loss of a micro-batch; its sums by timestep band go to the engine's record."""

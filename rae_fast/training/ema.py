@@ -12,7 +12,7 @@ Stored power averages of two or more gammas give the average of any other length
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -56,6 +56,11 @@ class Profile:
             f"a number from 0 to 1, or {POWER}<sigma_rel> up to {LONGEST_SIGMA_REL:.3f}",
         )
 
+    @property
+    def sigma_rel(self) -> float | None:
+        """Relative width of a power average."""
+        return None if self.gamma is None else sigma_rel_of_gamma(self.gamma)
+
     def beta_at(self, step: int | None) -> float:
         """beta of optimizer step `step`, counted from 1."""
         if self.beta is not None:
@@ -94,11 +99,11 @@ class FlatEMA:
         for profile in self.profiles:
             amount = 1 - profile.beta_at(step)
             averages = self.averages[profile.label]
+            targets = [master.detach() for master in masters]
             if keep is None:
-                torch._foreach_lerp_(averages, [master.detach() for master in masters], amount)
-                continue
-            for average, master in zip(averages, masters, strict=True):
-                average.lerp_(master.detach(), keep.to(average.dtype) * amount)
+                torch._foreach_lerp_(averages, targets, amount)
+            else:
+                torch._foreach_lerp_(averages, targets, [keep.to(torch.float32) * amount] * len(averages))
 
     def shards(self, label: float | str | None = None) -> list[Tensor]:
         """The live tensors of one average, by its decay; the first one if None.
@@ -195,12 +200,14 @@ def reconstruction_weights(
 
 
 def reconstruct(
-    stored: Sequence[tuple[float, int, Mapping[str, Tensor]]], sigma_rel: float, step: int | None = None
+    stored: Sequence[tuple[float, int, Callable[[], Mapping[str, Tensor]]]],
+    sigma_rel: float,
+    step: int | None = None,
 ) -> dict[str, Tensor]:
     """The average of width `sigma_rel` from stored power averages (EDM2, section 3.1), in the tensors' dtypes.
 
     Args:
-        stored: (sigma_rel, step, weights) of each stored average.
+        stored: (sigma_rel, step, reader of its weights) of each stored average; one at a time is in memory.
         sigma_rel: width wanted.
         step: at which step; None: the last one stored.
 
@@ -208,9 +215,11 @@ def reconstruct(
         UserError: see `reconstruction_weights`.
     """
     amounts = reconstruction_weights([(s, t) for s, t, _ in stored], sigma_rel, step)
-    first = stored[0][2]
-    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in first.items()}
-    for amount, (_, _, weights) in zip(amounts, stored, strict=True):
-        for name in total:
-            total[name] += float(amount) * weights[name].to(torch.float64)
-    return {name: value.to(first[name].dtype) for name, value in total.items()}
+    total: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for amount, (_, _, read) in zip(amounts, stored, strict=True):
+        for name, value in read().items():
+            dtypes[name] = value.dtype
+            share = float(amount) * value.to(torch.float64)
+            total[name] = share if name not in total else total[name] + share
+    return {name: value.to(dtypes[name]) for name, value in total.items()}

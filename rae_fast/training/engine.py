@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rae_fast.config import Optimizer, Runtime
-from rae_fast.errors import UserError
 from rae_fast.runtime import Ranks, set_precision
 from rae_fast.training.deepspeed_setup import check_precision, initialize, read_deepspeed_config, zero_stage
 from rae_fast.training.ema import FlatEMA
-from rae_fast.training.shards import PlainShards, Shards, Zero3Shards, ZeroShards, gather
+from rae_fast.training.optimizers import build_optimizer, prepare_states
+from rae_fast.training.shards import BUCKET, PlainShards, Shards, Zero3Shards, ZeroShards, gather
 
 # What `Engine.record` holds, in this order; whatever `observe` was given comes behind.
 RECORD = ("loss", "grad_norm", "skipped", "stop")
@@ -43,7 +43,7 @@ class Engine:
 
     Args:
         module: on any device; moved to `device`. Parameters without `requires_grad` stay as they are.
-        optimizer: AdamW's settings.
+        optimizer: AdamW or Muon, and its settings.
         lr: learning rate by optimizer step, counted from 0.
         ranks: who takes part.
         device: where this rank computes.
@@ -55,7 +55,7 @@ class Engine:
         ema_decays: one running average for each.
 
     Raises:
-        UserError: a DeepSpeed config that `read_deepspeed_config` refuses, or no trainable parameter.
+        UserError: a config that `read_deepspeed_config` or `build_optimizer` refuses.
     """
 
     def __init__(
@@ -74,26 +74,12 @@ class Engine:
         ema_decays: Sequence[float | str] = (),
     ) -> None:
         runtime = runtime or Runtime(precision="fp32")
-        self.ranks, self.device, self.lr_at, self.accumulation = ranks, device, lr, accumulation
-        self.clip_grad = clip_grad if clip_grad and clip_grad > 0 else None
-        self.lr = lr(0)  # of the last step
-        self.steps, self._micro_steps = 0, 0
-        self.stop_requested = False
-        self.record = torch.zeros(len(RECORD), dtype=torch.float64, device=device)
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._observed: Tensor | None = None
-        self._autocast = runtime.precision == "bf16"
-        self._compile = runtime.compile
-        set_precision(runtime.precision)
-        if runtime.deterministic:
-            choose_deterministic_kernels()
-        # Copied before compilation and wrapping: a copy of a compiled module still calls the original's weights.
-        self._blueprint = blueprint(module)
-        self._frozen = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if not p.requires_grad}
+        self._begin(module, runtime, ranks, device, lr, accumulation, clip_grad)
         module.to(device)
         if self._compile:
             compile_blocks(module)
-        self.optimizer = build_adamw(module, optimizer)
+        self.optimizer_type = optimizer.type.casefold()
+        self.optimizer = build_optimizer(module, optimizer, whole_parameters=runtime.engine == "ddp")
         self.module, self._ddp, self._deepspeed = module, None, None
         if runtime.engine == "deepspeed":
             config = read_deepspeed_config(deepspeed)
@@ -116,6 +102,34 @@ class Engine:
             self.shards = PlainShards(module)
         prepare_states(self.optimizer, self.shards.optimizer_keys())
         self.ema = FlatEMA(self.shards.masters, ema_decays)
+
+    def _begin(
+        self,
+        module: nn.Module,
+        runtime: Runtime,
+        ranks: Ranks,
+        device: torch.device,
+        lr: Callable[[int], float],
+        accumulation: int,
+        clip_grad: float | None,
+    ) -> None:
+        """What does not depend on who steps the optimizer."""
+        self.ranks, self.device, self.lr_at, self.accumulation = ranks, device, lr, accumulation
+        self.clip_grad = clip_grad if clip_grad and clip_grad > 0 else None
+        self.lr = lr(0)  # of the last step
+        self.steps, self._micro_steps = 0, 0
+        self.stop_requested = False
+        self.record = torch.zeros(len(RECORD), dtype=torch.float64, device=device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._observed: Tensor | None = None
+        self._autocast = runtime.precision == "bf16"
+        self._compile = runtime.compile and device.type != "xla"
+        set_precision(runtime.precision)
+        if runtime.deterministic:
+            choose_deterministic_kernels()
+        # Copied before compilation and wrapping: a copy of a compiled module still calls the original's weights.
+        self._blueprint = blueprint(module)
+        self._frozen = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if not p.requires_grad}
 
     def _zero_shards(self, names: dict[int, str]) -> Shards:
         if self.zero_stage == 0:
@@ -215,6 +229,18 @@ class Engine:
         scale = ((norm + 1e-6) / self.clip_grad).clamp(min=1.0) if self.clip_grad else torch.ones_like(norm)
         self.optimizer.grad_scale = scale.float()
 
+    @torch.no_grad()
+    def ema_distances(self) -> Tensor:
+        """|ema - weights| / |weights| of each EMA, float64 [K] on the device, equal on all ranks; collective."""
+        squares = torch.zeros(1 + len(self.ema.labels), dtype=torch.float64, device=self.device)
+        if self.ranks.is_main or not self.shards.replicated:
+            squares[0] = sum_of_squares(self.shards.masters)
+            for i, label in enumerate(self.ema.labels, start=1):
+                squares[i] = sum_of_squares(self.shards.masters, self.ema.shards(label))
+        if self.ranks.world > 1:
+            dist.all_reduce(squares)
+        return (squares[1:] / squares[0]).sqrt()
+
     # --- weights ----------------------------------------------------------------------------------------------------
 
     def weights(self, *, keep: bool = True) -> dict[str, Tensor]:
@@ -254,7 +280,10 @@ class Engine:
     # --- state, for checkpoints -------------------------------------------------------------------------------------
 
     def flat_state(self) -> dict[str, list[Tensor]]:
-        """Everything that is laid out as the masters, live (not copied): master, exp_avg, exp_avg_sq, ema/<decay>."""
+        """Everything that is laid out as the masters, live (not copied): master, exp_avg, exp_avg_sq, ema/<decay>.
+
+        A tensor without elements stands for zeros that are not kept: Muon has no second moment.
+        """
         states = [self.optimizer.state[key] for key in self.shards.optimizer_keys()]
         found = {"master": list(self.shards.masters)}
         for kind in ("exp_avg", "exp_avg_sq"):
@@ -305,6 +334,16 @@ class Engine:
             self._deepspeed.destroy()
 
 
+def sum_of_squares(flats: Sequence[Tensor], others: Sequence[Tensor] | None = None) -> Tensor:
+    """Sum of squares of flat tensors, or of their differences, float64 []; piece by piece, to take little memory."""
+    total = torch.zeros((), dtype=torch.float64, device=flats[0].device)
+    for flat, other in zip(flats, others or [None] * len(flats), strict=True):
+        pieces = flat.split(BUCKET)
+        for piece, subtrahend in zip(pieces, other.split(BUCKET) if other is not None else pieces, strict=True):
+            total += (piece if other is None else piece - subtrahend).norm().double().square()
+    return total
+
+
 def choose_deterministic_kernels() -> None:
     """Refuse kernels that add in random order; before the first matrix product, as cuBLAS asks."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -336,37 +375,3 @@ def compile_blocks(module: nn.Module) -> None:
         if isinstance(container, nn.ModuleList):
             for block in container:
                 block.compile(dynamic=False)
-
-
-def build_adamw(module: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters.
-
-    With `decay_norms_and_biases: false`, parameters of fewer than two dimensions and embeddings form a group without
-    weight decay.
-
-    Raises:
-        UserError: nothing is trainable.
-    """
-    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise UserError(f"{type(module).__name__} has no trainable parameter", "at least one")
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    groups = [{"params": list(trainable.values()), "weight_decay": settings.weight_decay}]
-    if settings.weight_decay and not settings.decay_norms_and_biases:
-        spared = {n for n, p in trainable.items() if p.ndim < 2 or id(p) in embeddings}
-        groups = [
-            {"params": [p for n, p in trainable.items() if n not in spared], "weight_decay": settings.weight_decay},
-            {"params": [p for n, p in trainable.items() if n in spared], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True)
-
-
-def prepare_states(optimizer: torch.optim.AdamW, keys: Sequence[Tensor]) -> None:
-    """Allocate AdamW's states as its first step would, so that a checkpoint can be written or read before it."""
-    for key in keys:
-        optimizer.state[key] = {
-            "step": torch.zeros((), dtype=torch.float32, device=key.device),
-            "exp_avg": torch.zeros_like(key, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(key, memory_format=torch.preserve_format),
-        }

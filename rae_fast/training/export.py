@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from rae_fast.errors import UserError
 from rae_fast.interop.official import save_content, save_safetensors, save_weights
 from rae_fast.provenance import read_json
+from rae_fast.training.ema import POWER, Profile, reconstruct
 from rae_fast.training.engine import Engine
-from rae_fast.training.restore import FORMAT, read_pieces
+from rae_fast.training.restore import FORMAT, PREFIX, newest, read_fixed, read_whole
 
 
 def export_weights(folder: Path, engine: Engine, *, step: int, epoch: int, released: str = "stage2_model.pt") -> None:
@@ -45,41 +45,71 @@ def export_weights(folder: Path, engine: Engine, *, step: int, epoch: int, relea
         save_safetensors(folder / f"ema-{label}.safetensors", weights, {"rae_fast": facts})
 
 
-def checkpoint_weights(path: str | Path, *, engine: str = "model", ema: str | None = None) -> dict[str, Tensor]:
-    """A full float32 state dict from a checkpoint folder, without building a model.
+def export_checkpoint(source: Path, target: Path, *, ema: str | None = None, dtype: str | None = None) -> int:
+    """Write weights out of a run's checkpoint, while it runs or after; returns the number of tensors.
 
     Args:
-        path: a `step-...` folder, or the `checkpoints` folder, whose `latest` is taken.
-        engine: which of the checkpoint's modules.
-        ema: decay of the EMA wanted; None: the first one kept, or the online weights if there is none; "online".
+        source: see `checkpoint_weights`.
+        target: .pt, the reference's released form, or .safetensors.
+        ema: see `checkpoint_weights`.
+        dtype: fp32, bf16 or fp16; None: float32.
 
     Raises:
-        UserError: no checkpoint there, or no such EMA in it.
+        UserError: see `checkpoint_weights`.
     """
-    path = Path(path)
-    if (path / "latest").is_file():
-        path = path / (path / "latest").read_text().strip()
+    weights = checkpoint_weights(source, ema=ema)
+    save_weights(target, weights, dtype)
+    return len(weights)
+
+
+def checkpoint_weights(path: str | Path, *, engine: str = "model", ema: str | None = None) -> dict[str, Tensor]:
+    """A full float32 state dict from a checkpoint, without building a model; also while the run goes on.
+
+    Args:
+        path: a run folder, its `checkpoints` folder (the newest is taken), or a `step-...` folder in it.
+        engine: which of the checkpoint's modules.
+        ema: decay of the EMA wanted; None: the first one kept, or the online weights if there is none; "online"; or
+            `power_<sigma_rel>` of a width that was not kept, made from the power averages of this checkpoint and the
+            ones before it.
+
+    Raises:
+        UserError: no checkpoint there, or no such EMA in it, nor what it could be made from.
+    """
+    path = newest(Path(path))
+    manifest = _manifest(path, engine)
+    averages = _averages(manifest, engine)
+    wanted = ema or next(iter(averages), "online")
+    if wanted == "online" or wanted in averages:
+        kind = "master" if wanted == "online" else f"ema/{wanted}"
+        return {**read_whole(path, manifest, engine, kind), **read_fixed(path, engine)}
+    if not wanted.startswith(POWER) or not any(label.startswith(POWER) for label in averages):
+        raise UserError(f"{path} holds no EMA {wanted}", f"one of {', '.join(averages) or 'none'}, or online")
+    return {**_reconstructed(path, engine, wanted, manifest["step"]), **read_fixed(path, engine)}
+
+
+def _reconstructed(path: Path, engine: str, wanted: str, step: int) -> dict[str, Tensor]:
+    """The power average `wanted` at `step`, from those in all checkpoints of the run up to it."""
+    width = Profile.parse(wanted).sigma_rel
+    stored = []
+    for other in sorted(path.parent.glob(f"{PREFIX}*")):
+        manifest = _manifest(other, engine)
+        for label in _averages(manifest, engine):
+            kept = Profile.parse(label).sigma_rel
+            if kept is not None and manifest["step"] <= step:
+                read = partial(read_whole, other, manifest, engine, f"ema/{label}")
+                stored.append((kept, manifest["step"], read))
+    assert width is not None
+    return reconstruct(stored, width, step)
+
+
+def _manifest(path: Path, engine: str) -> dict[str, Any]:
     manifest = read_json(path / "manifest.json")
     if manifest.get("format") != FORMAT or engine not in manifest.get("engines", {}):
         raise UserError(f"{path} is not a checkpoint with {engine!r}", f"one of format {FORMAT}")
-    about = manifest["engines"][engine]
-    averages = [kind.removeprefix("ema/") for kind in about["kinds"] if kind.startswith("ema/")]
-    wanted = ema or next(iter(averages), "online")
-    if wanted != "online" and wanted not in averages:
-        raise UserError(f"{path} holds no EMA {wanted}", f"one of {', '.join(averages) or 'none'}, or online")
-    kind = "master" if wanted == "online" else f"ema/{wanted}"
-    found = {name: torch.empty(shape) for name, shape in about["shapes"].items()}
-    by_file: dict[str, list[tuple[str, Any]]] = {}
-    for name, pieces in read_pieces(path, manifest["world"], engine).items():
-        for piece in pieces:
-            by_file.setdefault(piece.file, []).append((name, piece))
-    for file_name, entries in by_file.items():
-        with safe_open(path / file_name, "pt") as file:
-            source = file.get_slice(f"{engine}/{kind}")
-            for name, piece in entries:
-                flat = found[name].view(-1)[piece.start : piece.start + piece.length]
-                flat.copy_(source[piece.offset : piece.offset + piece.length])
-    with safe_open(path / "fixed.safetensors", "pt") as file:
-        keys = [key for key in file.keys() if key.startswith(f"{engine}/")]  # noqa: SIM118 - not a mapping
-        found.update({key.removeprefix(f"{engine}/"): file.get_tensor(key) for key in keys})
-    return found
+    return manifest
+
+
+def _averages(manifest: dict[str, Any], engine: str) -> list[str]:
+    """Labels of the EMAs that a checkpoint holds."""
+    kinds = manifest["engines"][engine]["kinds"]
+    return [kind.removeprefix("ema/") for kind in kinds if kind.startswith("ema/")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,8 @@ def load_into(path: Path, engines: Mapping[str, Engine]) -> dict[str, Any]:
         pieces = read_pieces(path, manifest["world"], name)
         for kind, flats in engine.flat_state().items():
             read_kind(path, f"{name}/{kind}", pieces, engine.shards.segments, flats)
-    with safe_open(path / "fixed.safetensors", "pt") as file:
-        for name, engine in engines.items():
-            keys = [key for key in file.keys() if key.startswith(f"{name}/")]  # noqa: SIM118 - not a mapping
-            fixed = {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in keys}
-            engine.restore(state["engines"][name], fixed)
+    for name, engine in engines.items():
+        engine.restore(state["engines"][name], read_fixed(path, name))
     return {**state["trainer"], "step": manifest["step"]}
 
 
@@ -96,7 +94,7 @@ def read_kind(
     """Fill one kind of flat tensors (masters, moments, an EMA) from the files."""
     wanted: dict[str, list[tuple[Segment, Piece]]] = {}
     for segment in segments:
-        for piece in pieces[segment.name]:
+        for piece in pieces[segment.name] if flats[segment.shard].numel() else ():
             if piece.start < segment.start + segment.length and segment.start < piece.start + piece.length:
                 wanted.setdefault(piece.file, []).append((segment, piece))
     for name, overlaps in wanted.items():
@@ -109,8 +107,45 @@ def read_kind(
                 flats[segment.shard][target : target + length].copy_(source[begin : begin + length])
 
 
+def read_whole(path: Path, manifest: Mapping[str, Any], engine: str, kind: str) -> dict[str, Tensor]:
+    """Whole float32 tensors of one kind (master, exp_avg, ema/<decay>, ...) by parameter name, in the module's order.
+
+    Args:
+        path: the checkpoint.
+        manifest: its manifest.json.
+        engine: which of its modules.
+        kind: one of the manifest's `kinds`.
+    """
+    shapes = manifest["engines"][engine]["shapes"]
+    found = {name: torch.empty(prod(shape)) for name, shape in shapes.items()}
+    wholes = [Segment(name, 0, len(flat), i, 0) for i, (name, flat) in enumerate(found.items())]
+    read_kind(path, f"{engine}/{kind}", read_pieces(path, manifest["world"], engine), wholes, list(found.values()))
+    return {name: found[name].view(shape) for name, shape in shapes.items()}
+
+
+def read_fixed(path: Path, engine: str) -> dict[str, Tensor]:
+    """Persistent buffers and frozen parameters."""
+    with safe_open(path / "fixed.safetensors", "pt") as file:
+        keys = [key for key in file.keys() if key.startswith(f"{engine}/")]  # noqa: SIM118 - not a mapping
+        return {key.removeprefix(f"{engine}/"): file.get_tensor(key) for key in keys}
+
+
+def newest(path: Path) -> Path:
+    """The checkpoint that `path` stands for: itself, or the newest of a `checkpoints` or run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (path, path / "checkpoints"):
+        if (folder / "latest").is_file():
+            return folder / (folder / "latest").read_text().strip()
+    if not (path / "manifest.json").is_file() or not path.name.startswith(PREFIX):
+        raise UserError(f"no checkpoint in {path}", "a run folder, its checkpoints folder, or a step-... in it")
+    return path
+
+
 def check_same_model(path: Path, name: str, saved: Mapping[str, Any] | None, engine: Engine) -> None:
-    """Refuse a checkpoint of another model or with other EMA decays."""
+    """Refuse a checkpoint of another model, of another optimizer or with other EMA decays."""
     if saved is None:
         raise UserError(f"checkpoint {path} holds no {name!r}", "a checkpoint of this kind of training")
     shapes = {key: list(shape) for key, shape in engine.shards.shapes.items()}
@@ -122,6 +157,13 @@ def check_same_model(path: Path, name: str, saved: Mapping[str, Any] | None, eng
                 f"{here or 'no such parameter'}, as the config's model has",
                 "use the config that wrote it, or another run folder",
             )
+    optimizer = saved.get("optimizer", "adamw")
+    if optimizer != engine.optimizer_type:
+        raise UserError(
+            f"checkpoint {path} was made by optimizer.type {optimizer}",
+            f"{engine.optimizer_type}, as in the config",
+            "set optimizer.type as it was, or start anew from the exported weights with stage_2.ckpt",
+        )
     kinds = list(engine.flat_state())
     if sorted(kinds) != sorted(saved["kinds"]):
         averages = [[k.removeprefix("ema/") for k in ks if k.startswith("ema/")] for ks in (saved["kinds"], kinds)]

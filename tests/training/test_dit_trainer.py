@@ -16,7 +16,7 @@ from rae_fast.geometry import Geometry, dit_params, resolve_geometry
 from rae_fast.interop.official import load_dit_weights
 from rae_fast.training import dit_setup, dit_trainer
 from rae_fast.training.dit_trainer import DiTRun, train_dit
-from rae_fast.training.export import checkpoint_weights
+from rae_fast.training.export import checkpoint_weights, export_checkpoint
 from rae_fast.training.monitor import read_log
 
 from .tiny_run import STEPS_PER_EPOCH
@@ -114,6 +114,39 @@ def test_exports_are_the_references_files_and_the_checkpoints_weights(tiny_confi
     assert all(torch.equal(value, online[name]) for name, value in training.state_dict().items())
     with pytest.raises(UserError, match=r"holds no EMA 0\.7; expected one of 0\.9, 0\.5"):
         checkpoint_weights(undisturbed / "checkpoints", ema="0.7")
+
+
+def test_export_on_demand_makes_averages_of_any_width(tiny_config, tmp_path):
+    kept = ["power_0.1", "power_0.05", "power_0.07"]
+    often = ("training.checkpoint_every=1", "training.keep_checkpoints=12", "training.optimizer.lr=0.01")
+    train_dit(tiny_config(tmp_path, DDP, f"training.ema_decay=[{','.join(kept)}]", *often))
+    exports = {}
+    for name in (*kept, "online"):
+        count = export_checkpoint(tmp_path / "run", tmp_path / f"{name}.safetensors", ema=name)
+        exports[name] = load_file(tmp_path / f"{name}.safetensors")
+        assert count == len(exports[name]) == len(model_of(tiny_config(tmp_path)).state_dict())
+    truth = exports["power_0.07"]["final_layer.linear.weight"]
+    at_the_end = load_file(tmp_path / "run/export/ema-power_0.07.safetensors")
+    assert torch.equal(at_the_end["final_layer.linear.weight"], truth)
+        load_file(tmp_path / "run/export/ema-power_0.07.safetensors")["final_layer.linear.weight"], truth
+    )
+    # Without what the run itself kept of that width.
+    for manifest in (tmp_path / "run/checkpoints").glob("step-*/manifest.json"):
+        manifest.write_text(manifest.read_text().replace("ema/power_0.07", "forgotten"))
+    made = checkpoint_weights(tmp_path / "run", ema="power_0.07")["final_layer.linear.weight"]
+    nearest = min((exports[name]["final_layer.linear.weight"] - truth).norm() for name in kept[:2])
+    assert (made - truth).norm() < 0.2 * nearest
+    with pytest.raises(UserError, match=r"no checkpoint in .*none"):
+        checkpoint_weights(tmp_path / "none")
+
+
+def test_ema_distance_is_logged_at_log_lines(undisturbed, tiny_config, tmp_path):
+    last = read_log(undisturbed / "log.jsonl")[-1]
+    content = torch.load(undisturbed / "export/checkpoint.pt", weights_only=True)
+    trained = [n for n, p in model_of(tiny_config(tmp_path)).named_parameters() if p.requires_grad]
+    online, ema = (torch.cat([content[kind][n].flatten() for n in trained]) for kind in ("model", "ema"))
+    assert last["ema_distance_0.9"] == pytest.approx(((ema - online).norm() / online.norm()).item(), rel=1e-5)
+    assert 0 < last["ema_distance_0.5"] < last["ema_distance_0.9"]
 
 
 def test_fine_tuning_starts_from_the_given_weights(tiny_config, undisturbed, tmp_path):

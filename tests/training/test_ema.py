@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -91,7 +93,8 @@ def test_reconstruction_returns_what_was_stored_and_any_length_between() -> None
     for step, row in enumerate(weights, start=1):
         ema.update([row], step=step)
         if step % 50 == 0:
-            stored += [(s, step, {"w": ema.shards(f"power_{s}")[0].clone()}) for s in (0.05, 0.1)]
+            for s in (0.05, 0.1):
+                stored.append((s, step, partial(dict, w=ema.shards(f"power_{s}")[0].clone())))
     same = reconstruct(stored, 0.05)["w"]
     torch.testing.assert_close(same, ema.shards("power_0.05")[0], rtol=1e-4, atol=1e-4)
     other = reconstruct(stored, 0.07)["w"]
