@@ -128,8 +128,6 @@ def test_export_on_demand_makes_averages_of_any_width(tiny_config, tmp_path):
     truth = exports["power_0.07"]["final_layer.linear.weight"]
     at_the_end = load_file(tmp_path / "run/export/ema-power_0.07.safetensors")
     assert torch.equal(at_the_end["final_layer.linear.weight"], truth)
-        load_file(tmp_path / "run/export/ema-power_0.07.safetensors")["final_layer.linear.weight"], truth
-    )
     # Without what the run itself kept of that width.
     for manifest in (tmp_path / "run/checkpoints").glob("step-*/manifest.json"):
         manifest.write_text(manifest.read_text().replace("ema/power_0.07", "forgotten"))
