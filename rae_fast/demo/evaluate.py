@@ -16,6 +16,7 @@ from torch import Tensor
 from rae_fast.autoencoder.rae import RAE, build_rae
 from rae_fast.config import Config
 from rae_fast.demo.shape_classifier import class_agreement, train_classifier
+from rae_fast.evaluation.features import mean_token
 from rae_fast.evaluation.frechet import StreamingMoments, frechet_distance
 from rae_fast.evaluation.images import save_grid, to_uint8
 from rae_fast.evaluation.reconstruction import psnr, ssim
@@ -91,11 +92,11 @@ def _frechet(rae: RAE, store: LatentStore, generated: Tensor, device: torch.devi
     """Frechet distance of the encoder's mean patch token, generated images against the store's originals."""
     ours, theirs = (StreamingMoments(store.latent_shape[0]) for _ in range(2))
     for batch in generated.split(BATCH):
-        ours.update(rae.encode_raw(batch.to(device).float() / 255).mean((2, 3)))
+        ours.update(mean_token(rae.encode_raw(batch.to(device).float() / 255)))
     rows = np.flatnonzero(store.valid)
     for start in range(0, len(rows), BATCH):
         latents = store.read(rows[start : start + BATCH]).to(device)
-        theirs.update(rae.denormalize(latents).mean((2, 3)))
+        theirs.update(mean_token(rae.denormalize(latents)))
     return float(frechet_distance(*ours.finish(), *theirs.finish()))
 
 

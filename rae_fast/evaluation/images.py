@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from rae_fast.errors import UserError
@@ -98,57 +98,3 @@ def list_images(folder: str | Path) -> list[Path]:
     if not found:
         raise UserError(f"{folder} holds no image", f"files that end in {', '.join(SUFFIXES)}")
     return found
-
-
-def image_batches(source: str | Path, batch_size: int) -> Iterator[np.ndarray]:
-    """uint8 [<= batch_size, H, W, 3] batches of a folder or of an .npz, in order, without holding all of them.
-
-    Raises:
-        UserError: no images there, a file that is none, or images of different sizes.
-    """
-    source = Path(source)
-    yield from _npz_batches(source, batch_size) if source.suffix == ".npz" else _folder_batches(source, batch_size)
-
-
-def _folder_batches(folder: Path, batch_size: int) -> Iterator[np.ndarray]:
-    paths = list_images(folder)
-    size = None
-    for start in range(0, len(paths), batch_size):
-        batch = []
-        for path in paths[start : start + batch_size]:
-            try:
-                with Image.open(path) as image:
-                    batch.append(np.asarray(image.convert("RGB")))
-            except (UnidentifiedImageError, OSError) as error:
-                raise UserError(f"{path} cannot be read as an image: {error}", "an image file") from error
-            size = size or batch[-1].shape
-            if batch[-1].shape != size:
-                raise UserError(
-                    f"{path} is {batch[-1].shape[1]}x{batch[-1].shape[0]}",
-                    f"{size[1]}x{size[0]} as {paths[0].name}",
-                    "crop all images to one size first",
-                )
-        yield np.stack(batch)
-
-
-def _npz_batches(path: Path, batch_size: int) -> Iterator[np.ndarray]:
-    """Rows of `arr_0`, read as they are asked for: 50,000 images of 256 x 256 take 9.8 GB."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            version = np.lib.format.read_magic(member)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else (np.lib.format.read_array_header_2_0)
-            )
-            shape, fortran, dtype = read_header(member)
-            if fortran or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
-                raise UserError(f"{path}: arr_0 is {dtype} {shape}", "uint8 [N, H, W, 3]")
-            for start in range(0, shape[0], batch_size):
-                rows = min(batch_size, shape[0] - start)
-                data = member.read(rows * int(np.prod(shape[1:])))
-                yield np.frombuffer(data, np.uint8).reshape(rows, *shape[1:])
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist", "an .npz with arr_0") from error
-    except KeyError as error:
-        raise UserError(f"{path} has no arr_0", "an .npz with arr_0, uint8 [N, H, W, 3]") from error
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}", "an intact .npz") from error

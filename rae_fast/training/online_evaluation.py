@@ -1,7 +1,7 @@
 """Frechet distance between generated and stored latents while training.
 
-Features are latents before normalization, averaged over tokens: what the frozen encoder says of a whole image. So the
-distance needs neither pixels nor another network. Drawing is by (seed, sample index), sharded over ranks, and touches
+Features are the mean tokens that `tools/evaluate.py generation --features encoder` takes from a store, so the distance
+needs neither pixels nor another network. Drawing is by (seed, sample index), sharded over ranks, and touches
 no random state of the training.
 
 Shapes: B samples, C, H, W of a latent, D = C features.
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rae_fast.config import Config
+from rae_fast.evaluation.features import mean_token
 from rae_fast.evaluation.frechet import StreamingMoments, frechet_distance
 from rae_fast.evaluation.labels import equal_labels
 from rae_fast.geometry import Geometry
@@ -83,7 +83,7 @@ class OnlineEvaluation:
 
     def features(self, z_BCHW: Tensor) -> Tensor:
         """[B, D] of normalized latents."""
-        return self.store.denormalize(z_BCHW.float()).flatten(2).mean(dim=2)
+        return mean_token(self.store.denormalize(z_BCHW.float()))
 
     def _stored(self) -> Iterator[Tensor]:
         """Features of this rank's share of the real latents: all, or a seeded subset."""
@@ -113,10 +113,4 @@ class OnlineEvaluation:
         moments = StreamingMoments(self.geometry.latent_shape[0])
         for features_BD in features:
             moments.update(features_BD)
-        if self.ranks.world > 1:
-            states: list[Any] = [None] * self.ranks.world
-            dist.all_gather_object(states, moments.state())
-            moments = StreamingMoments(self.geometry.latent_shape[0])
-            for state in states:
-                moments.merge(StreamingMoments.from_state(state))
-        return moments.finish()
+        return moments.over(self.ranks).finish()

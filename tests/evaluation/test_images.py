@@ -1,4 +1,4 @@
-"""Image files: rounding, reproducible bytes, streams, and files that are none."""
+"""Image files: rounding, reproducible bytes, streams."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rae_fast.errors import UserError
-from rae_fast.evaluation.images import image_batches, list_images, save_grid, save_npz, save_png, to_uint8
+from rae_fast.evaluation.images import list_images, save_grid, save_npz, to_uint8
 
 
 def pictures(n: int, size: int = 8, seed: int = 0) -> np.ndarray:
@@ -58,47 +57,6 @@ def test_grid_places_images_row_by_row(tmp_path: Path) -> None:
     np.testing.assert_array_equal(grid[:8, :8], images[0])
     np.testing.assert_array_equal(grid[10:, 10:18], images[4])
     assert (grid[10:, 20:] == 255).all()
-
-
-@pytest.mark.parametrize("batch", [1, 2, 5, 9])
-def test_folder_and_npz_give_the_same_batches_in_order(tmp_path: Path, batch: int) -> None:
-    images = pictures(5)
-    save_npz(tmp_path / "a.npz", images)
-    for i, image in enumerate(images):
-        save_png(tmp_path / "folder" / f"{i:06d}.png", image)
-    for source in (tmp_path / "a.npz", tmp_path / "folder"):
-        parts = list(image_batches(source, batch))
-        assert max(len(part) for part in parts) <= batch
-        np.testing.assert_array_equal(np.concatenate(parts), images)
-
-
-def test_compressed_npz_is_read_too(tmp_path: Path) -> None:
-    images = pictures(5)
-    np.savez_compressed(tmp_path / "a.npz", images)
-    np.testing.assert_array_equal(np.concatenate(list(image_batches(tmp_path / "a.npz", 2))), images)
-
-
-def test_what_is_no_set_of_images_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    save_png(tmp_path / "mixed" / "a.png", pictures(1)[0])
-    save_png(tmp_path / "mixed" / "b.png", pictures(1, size=9)[0])
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
-    np.savez(tmp_path / "wrong_key.npz", images=pictures(2))
-    np.savez(tmp_path / "floats.npz", pictures(2).astype(np.float32))
-    (tmp_path / "torn.npz").write_bytes(b"PK torn")
-    for name, message in {
-        "missing": "not a folder",
-        "empty": "holds no image",
-        "mixed": "9x9",
-        "broken": r"a\.png cannot be read",
-        "wrong_key.npz": "no arr_0",
-        "floats.npz": "float32",
-        "torn.npz": "cannot be read",
-        "missing.npz": "does not exist",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            list(image_batches(tmp_path / name, 4))
 
 
 def test_images_are_listed_by_path_with_folders_inside(tmp_path: Path) -> None:

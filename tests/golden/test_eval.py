@@ -12,9 +12,11 @@ import torch
 
 from rae_fast.errors import UserError
 from rae_fast.evaluation.frechet import StreamingMoments, frechet_distance
-from rae_fast.evaluation.images import to_uint8
+from rae_fast.evaluation.images import save_npz, to_uint8
 from rae_fast.evaluation.labels import equal_labels, reference_labels
+from rae_fast.evaluation.pairs import ReconstructionJob, evaluate_reconstruction
 from rae_fast.evaluation.reconstruction import psnr, ssim
+from rae_fast.runtime import Ranks
 
 FID_GATE, SINGULAR_FID_GATE = 1e-6, 1e-4
 PSNR_GATE, SSIM_GATE = 1e-4, 1e-5
@@ -86,3 +88,14 @@ def test_indivisible_counts_are_refused_in_the_reference_s_words(sampler: dict) 
     with pytest.raises(UserError) as caught:
         equal_labels(count, classes, 0)
     assert words in str(caught.value)
+
+
+def test_the_reconstruction_tool_gives_the_reference_s_figures(metrics: np.lib.npyio.NpzFile, tmp_path: Path) -> None:
+    for name in ("ref", "rec"):
+        save_npz(tmp_path / f"{name}.npz", metrics[f"iqa/{name}"])
+    job = ReconstructionJob(
+        str(tmp_path / "ref.npz"), str(tmp_path / "rec.npz"), ("psnr", "ssim"), tmp_path / "out", tmp_path / "cache"
+    )
+    found = evaluate_reconstruction(job, None, Ranks())["metrics"]["pairs"]
+    assert found["psnr_db"] == pytest.approx(metrics["iqa/psnr_per_image"].mean(), abs=PSNR_GATE)
+    assert found["ssim"] == pytest.approx(metrics["iqa/ssim_per_image"].mean(), abs=SSIM_GATE)
