@@ -47,7 +47,7 @@ class Stage2:
 
     target: str = "stage2.models.DDT.DiTwDDTHead"  # that is DiTDH; or stage2.models.lightningDiT.LightningDiT
     ckpt: str | None = None  # weights to start from, to sample from: any checkpoint of the reference or of ours
-    params: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)  # see the table of stage_2.params
 
 
 DIT_PARAMS = (
