@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rae_fast.dit.embed import DoubleLinear, OwnTypeLinear, PatchEmbed
+from rae_fast.dit.embed import OwnTypeLinear, PatchEmbed, WideLinear
 
 WARM_UPS = 3  # passes before a graph is recorded: libraries allocate and choose their algorithms in the first ones
 
@@ -25,7 +25,7 @@ def store_for_autocast(model: nn.Module, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         return
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not isinstance(module, DoubleLinear | OwnTypeLinear):
+        if isinstance(module, nn.Linear) and not isinstance(module, OwnTypeLinear | WideLinear):
             module.to(dtype)
         elif isinstance(module, PatchEmbed) and not module.wide:
             module.proj.to(dtype)
@@ -42,6 +42,11 @@ def accelerate(model: nn.Module, device: torch.device, *, compiled: bool, cuda_g
         say: print that line.
     """
     asked = [name for name, wanted in (("compilation", compiled), ("CUDA graphs", cuda_graphs)) if wanted]
+    if device.type == "xla":
+        from rae_fast.xla.device import cut_before
+
+        # Without a cut, all steps of the solver would be unrolled into one graph.
+        model.forward = cut_before(model.forward)  # type: ignore[method-assign]
     if asked and device.type != "cuda":
         if say:
             print(f"{' and '.join(asked)}: only on a GPU; sampling runs without", file=sys.stderr, flush=True)

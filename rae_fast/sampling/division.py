@@ -81,18 +81,25 @@ class Division:
         missing = self._missing(units)
         left = sum(map(len, missing))
         progress = Progress(self.total, "images", f"{self.label}, waiting for the other ranks", done=self.total - left)
-        changed_s = time.monotonic()
+        changed_s, alone = time.monotonic(), False
         while missing:
-            time.sleep(POLL_S)
+            if not alone:
+                time.sleep(POLL_S)
             missing = self._missing(missing)
             before, left = left, sum(map(len, missing))
             progress.advance(before - left)
             if left < before:
-                changed_s = time.monotonic()
+                changed_s, alone = time.monotonic(), False
             elif time.monotonic() - changed_s > self.stall_s:
-                print(f"nothing new for {self.stall_s:.0f} s: rank 0 goes on with the {left} left", file=sys.stderr)
-                make(missing[0])
+                if not alone:
+                    print(f"nothing new for {self.stall_s:.0f} s: rank 0 goes on with the {left} left", file=sys.stderr)
+                alone = True
+                # From the end: a rank that is merely slow goes on from the beginning.
+                own = missing.pop()
+                make(own)
                 wait()
+                left -= len(own)
+                progress.advance(len(own))
         progress.close()
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from rae_fast.autoencoder.rae import RAE
@@ -152,6 +153,7 @@ def begin(
         _check_identity(folder, manifest)
     if ranks.is_main:
         _check_stored_labels(folder, labels)
+        remove_stale_parts(folder / "images")
         if latents is not None:
             folder.mkdir(parents=True, exist_ok=True)
             latents.create()
@@ -166,6 +168,14 @@ def begin(
         time.sleep(0.2)
     _check_identity(folder, manifest)
     _check_stored_labels(folder, labels)
+
+
+def remove_stale_parts(folder: Path) -> None:
+    """Remove half-written files of a run that was killed: those older than this process."""
+    started_s = psutil.Process().create_time()
+    for part in folder.glob(".*.part"):
+        if part.stat().st_mtime < started_s:
+            part.unlink(missing_ok=True)
 
 
 def _check_identity(folder: Path, manifest: dict[str, Any]) -> None:

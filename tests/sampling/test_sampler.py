@@ -1,0 +1,174 @@
+"""Drawing: which bits depend on what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rae_fast.autoencoder.rae import build_rae
+from rae_fast.config import Config
+from rae_fast.dit.registry import build_dit
+from rae_fast.errors import UserError
+from rae_fast.geometry import resolve_geometry
+from rae_fast.sampling import LatentSampler, decode_images, draw_images, draw_latents, load_sampler
+from rae_fast.sampling.accelerate import CudaGraphs, accelerate, store_for_autocast
+from rae_fast.sampling.sampler import pieces
+
+CPU = torch.device("cpu")
+COUNT = 75
+LABELS = np.arange(COUNT) % 3
+
+
+def sampler_of(config: Config, device: torch.device = CPU, **options: object) -> LatentSampler:
+    return load_sampler(config, resolve_geometry(config), device, **options)
+
+
+def in_precision(config: Config, precision: str) -> Config:
+    return replace(config, runtime=replace(config.runtime, precision=precision))
+
+
+def in_batches(config: Config, size: int, device: torch.device = CPU) -> np.ndarray:
+    """All images, drawn `size` at a time."""
+    sampler, rae = sampler_of(config, device), build_rae(config.stage_1, need_encoder=False).to(device).eval()
+    index = np.arange(COUNT)
+    drawn = [
+        draw_images(sampler, rae, LABELS[i : i + size], index[i : i + size], seed=3) for i in range(0, COUNT, size)
+    ]
+    return np.concatenate(drawn)
+
+
+def test_pieces_have_the_same_number_of_rows_always() -> None:
+    cut = list(pieces(5, 3))
+    assert [piece.tolist() for piece, _ in cut] == [[0, 1, 2], [3, 4]]
+    assert [padded.tolist() for _, padded in cut] == [[0, 1, 2], [3, 4, 4]]
+
+
+def test_images_do_not_depend_on_the_batch_bit_by_bit_in_float32(config: Config) -> None:
+    few, many = in_batches(config, 7), in_batches(config, 64)
+    assert np.array_equal(few, many)
+    assert len({image.tobytes() for image in many}) == COUNT
+
+
+def test_images_do_not_depend_on_the_batch_by_more_than_a_level_in_bfloat16(config: Config) -> None:
+    few, many = (in_batches(in_precision(config, "bf16"), size).astype(int) for size in (7, 64))
+    assert np.abs(few - many).max() <= 1
+    exact = in_batches(config, 64).astype(int)
+    assert 0 < np.abs(many - exact).max() < 40, "bfloat16 was not used, or is far off"
+
+
+def test_images_do_not_depend_on_the_number_of_threads(config: Config) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = in_batches(config, 64)
+        torch.set_num_threads(2)
+        two = in_batches(config, 64)
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("target", ["DiTDH", "LightningDiT"])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_weights_kept_for_autocast_give_the_bits_of_autocast(target: str, patch: int) -> None:
+    torch.manual_seed(0)
+    wide = {"hidden_size": [32, 48], "depth": [2, 1], "num_heads": [2, 2]}
+    sizes = wide if target == "DiTDH" else {"hidden_size": 32, "depth": 2, "num_heads": 2}
+    model = build_dit(target, {**sizes, "input_size": 4, "patch_size": patch, "in_channels": 16, "num_classes": 3})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model.eval().requires_grad_(False)
+    x, t, y = torch.randn(4, 16, 4, 4), torch.rand(4), torch.tensor([0, 1, 2, 3])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x, t, y)
+        store_for_autocast(model, torch.bfloat16)
+        assert {p.dtype for p in model.blocks.parameters()} == {torch.float32, torch.bfloat16}
+        assert torch.equal(model(x, t, y), expected)
+
+
+def test_asking_for_a_gpu_s_means_on_a_cpu_draws_the_same_and_says_so(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = np.arange(3)
+    expected = draw_latents(sampler_of(config), LABELS[:3], index, 0)
+    compiled = replace(config, runtime=replace(config.runtime, compile=True))
+    sampler = sampler_of(compiled, cuda_graphs=True)
+    assert "compilation and CUDA graphs: only on a GPU" in capsys.readouterr().err
+    assert torch.equal(draw_latents(sampler, LABELS[:3], index, 0), expected)
+
+
+def test_decoding_does_not_depend_on_how_many_are_decoded(config: Config) -> None:
+    rae = build_rae(config.stage_1, need_encoder=False).eval()
+    z = torch.randn(40, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(decode_images(rae, z)[:3], decode_images(rae, z[:3]))
+
+
+def test_guidance_without_a_null_label_is_refused(config: Config) -> None:
+    model = build_dit("DiTDH", {**config.stage_2.params, "class_dropout_prob": 0, "input_size": 4, "in_channels": 16})
+    sampler = LatentSampler(model.eval(), config, resolve_geometry(config))
+    with pytest.raises(UserError, match="no null label"):
+        draw_latents(sampler, LABELS[:1], np.arange(1), 0)
+
+
+def test_weights_that_are_missing_or_of_another_model_are_refused(config: Config) -> None:
+    for ckpt, message in ((None, "stage_2.ckpt is not set"), ("nowhere.pt", "does not exist")):
+        with pytest.raises(UserError, match=message):
+            sampler_of(replace(config, stage_2=replace(config.stage_2, ckpt=ckpt)))
+    params = {**config.stage_2.params, "depth": [3, 1]}
+    with pytest.raises(UserError, match=r"check stage_2\.params\.depth"):
+        sampler_of(replace(config, stage_2=replace(config.stage_2, params=params)))
+
+
+def test_every_block_of_model_and_guide_would_be_compiled_on_a_gpu(config: Config) -> None:
+    model = sampler_of(config).model
+    accelerate(model, torch.device("cuda"), compiled=True, cuda_graphs=False)
+    assert all(block._compiled_call_impl is not None for block in model.blocks)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_gpu_images_do_not_depend_on_the_batch(config: Config, precision: str) -> None:
+    config = in_precision(replace(config, runtime=replace(config.runtime, device="cuda")), precision)
+    few, many = (in_batches(config, size, torch.device("cuda")).astype(int) for size in (7, 64))
+    assert np.abs(few - many).max() <= (precision == "bf16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cuda_graphs_replay_the_bits_of_plain_passes(config: Config, precision: str) -> None:
+    config, device = in_precision(config, precision), torch.device("cuda")
+    plain, graphed = sampler_of(config, device), sampler_of(config, device, cuda_graphs=True)
+    for seed in (0, 1):
+        expected = draw_latents(plain, LABELS, np.arange(COUNT), seed)
+        assert torch.equal(draw_latents(graphed, LABELS, np.arange(COUNT), seed), expected)
+    recorded: CudaGraphs = graphed.model.forward
+    assert len(recorded._recordings) == 1 and not recorded._failed
+
+
+@pytest.mark.gpu
+def test_compiled_and_graphed_passes_agree_with_plain_ones(config: Config) -> None:
+    device = torch.device("cuda")
+    compiled = replace(config, runtime=replace(config.runtime, compile=True))
+    plain, fast = sampler_of(config, device), sampler_of(compiled, device, cuda_graphs=True)
+    expected = draw_latents(plain, LABELS, np.arange(COUNT), 0)
+    torch.testing.assert_close(draw_latents(fast, LABELS, np.arange(COUNT), 0), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_steps_do_not_wait_for_the_gpu(config: Config) -> None:
+    device = torch.device("cuda")
+    sampler = sampler_of(config, device)
+    labels, index = torch.zeros(4, dtype=torch.int64, device=device), torch.arange(4, device=device)
+    noise = sampler.noise(index, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampler.integrate(noise, labels, lambda step: sampler.noise(index, 0, step + 1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
