@@ -48,13 +48,12 @@ def of_candidates(make: Maker, only: str) -> dict[str, Launch]:
     """The launches of all configurations that the tuner would time, by kernel, stack and configuration."""
     made = {}
     for stack_name, stack in STACKS.items():
-        for build in (launches.norm_launches, launches.attention_launches, launches.swiglu_launches):
-            for operation in build(stack, make):
-                if only not in f"{operation} {stack_name}":
-                    continue
-                for config in tuner.candidates(operation, make.tokens):
-                    launch = build(stack, make, {operation.split(".", 1)[1]: config})[operation]
-                    made[f"{operation} {stack_name} {' '.join(f'{k}={v}' for k, v in config.items())}"] = launch
+        for work in tuner.works(stack, make, tuple(launches.STACKED)):
+            if only not in f"{work.operation} {stack_name}":
+                continue
+            for config in tuner.candidates(work.operation, make.tokens):
+                name = f"{work.operation} {stack_name} {' '.join(f'{k}={v}' for k, v in config.items())}"
+                made[name] = launches.launch_of(work.operation, stack, make, config)
     return made
 
 

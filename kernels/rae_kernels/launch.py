@@ -17,9 +17,6 @@ from torch import Tensor
 # Triton reads the variable when it is imported; every kernel of the process then runs on the CPU, in numpy.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes"}
 
-# Triton promises the compiler that a pointer or a number is a multiple of this, which is what makes loads wide.
-DIVISIBILITY = 16
-
 
 @dataclass(frozen=True)
 class Launch:

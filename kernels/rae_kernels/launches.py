@@ -6,6 +6,7 @@ Shapes: B samples, N tokens, C width, H heads, D channels of a head, F hidden ch
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from rae_kernels.launch import Launch
 from rae_kernels.norm_modulate import Terms
 
 LATENT = (768, 16, 16)
+LATENT_ELEMENTS = prod(LATENT)
+CROP_SIZE = 256
 Configs = Mapping[str, dict[str, Any]]
 
 
@@ -81,9 +84,22 @@ def training_launches(make: Maker | None = None) -> dict[str, Launch]:
     make = make or Maker()
     launches = {}
     for name, stack in STACKS.items():
-        for parts in (norm_launches, attention_launches, swiglu_launches):
+        for parts in STACKED.values():
             launches |= {f"{kernel} {name}": launch for kernel, launch in parts(stack, make).items()}
-    return launches | other_launches(make)
+    return launches | {name: build(make) for name, build in OTHERS.items()}
+
+
+def launch_of(operation: str, stack: Stack, make: Maker, config: dict[str, Any] | None = None) -> Launch:
+    """The launch of one operation, such as "attention.backward.keys", in a configuration or the default one.
+
+    Raises:
+        KeyError: no such operation of this stack.
+    """
+    kind, _, direction = operation.partition(".")
+    configs = {} if config is None else {direction: config}
+    if kind in OTHERS:
+        return OTHERS[kind](make, config)
+    return STACKED[kind](stack, make, configs)[operation]
 
 
 def norm_terms(stack: Stack, make: Maker) -> Terms:
@@ -96,15 +112,16 @@ def norm_terms(stack: Stack, make: Maker) -> Terms:
 
 
 def norm_launches(stack: Stack, make: Maker, configs: Configs | None = None) -> dict[str, Launch]:
-    """Forward and backward of gated residual, norm and modulation."""
-    from rae_kernels.norm_modulate_triton import backward_launch, forward_launch
+    """Forward and backward of gated residual, norm and modulation, and what finishes sums over tokens."""
+    from rae_kernels.norm_modulate_triton import backward_launch, finish_launch, forward_launch
 
     terms = norm_terms(stack, make)
     defaults = {d: norm_modulate.default_config(d, make.tokens, stack.width) for d in ("forward", "backward")}
     config = defaults | dict(configs or {})
     forward, (x_new, y, mean, rstd) = forward_launch(terms, 1e-6, False, make.dtype, config["forward"])
-    backward, _ = backward_launch(x_new, y, terms._replace(x=x_new), mean, rstd, False, config["backward"])
-    return {"norm_modulate.forward": forward, "norm_modulate.backward": backward}
+    backward, made = backward_launch(x_new, y, terms._replace(x=x_new), mean, rstd, False, config["backward"])
+    finish = {} if stack.per_token else {"norm_modulate.finish": finish_launch(terms, made[-1])[0]}
+    return {"norm_modulate.forward": forward, "norm_modulate.backward": backward} | finish
 
 
 def attention_given(stack: Stack, make: Maker, norm: bool = False) -> Given:
@@ -146,21 +163,16 @@ def swiglu_launches(stack: Stack, make: Maker, configs: Configs | None = None) -
     return {"swiglu.forward": forward, "swiglu.backward": backward}
 
 
-def other_launches(make: Maker) -> dict[str, Launch]:
-    """What a step or a batch of images starts once: training pairs, optimizer, crop."""
-    return {"interpolate int8": pair_launch(make), "adamw_ema": optimizer_launch(make), "crop": crop_launch(make)}
-
-
-def pair_launch(make: Maker) -> Launch:
+def pair_launch(make: Maker, config: dict[str, int] | None = None) -> Launch:
     """Training pairs from int8 latents."""
     from rae_kernels.interpolate_triton import forward_launch
 
     stored, scale = make(make.samples, *LATENT).to(torch.int8), make(make.samples, LATENT[0], dtype=torch.float16)
     path, index = make(make.samples, 4, dtype=torch.float32), make(make.samples).to(torch.int64)
-    return forward_launch(stored, scale, 1.0, path, index, 1, 0, torch.float32, interpolate.DEFAULT_CONFIG)[0]
+    return forward_launch(stored, scale, 1.0, path, index, 1, 0, torch.float32, config or interpolate.DEFAULT_CONFIG)[0]
 
 
-def optimizer_launch(make: Maker, parameters: int = 1 << 26) -> Launch:
+def optimizer_launch(make: Maker, config: dict[str, int] | None = None, parameters: int = 1 << 26) -> Launch:
     """One step with one average and a 16-bit copy."""
     from rae_kernels.adamw_ema_triton import step_launch
 
@@ -168,15 +180,25 @@ def optimizer_launch(make: Maker, parameters: int = 1 << 26) -> Launch:
     grad, copy = make(parameters), make(parameters)
     ones = make(1, dtype=torch.float32)
     flat = (param, grad, m, v, [average], copy, ones, None)
-    return step_launch(*flat, [0.9995], 10, 2e-4, 0.9, 0.95, 1e-8, 0.0, adamw_ema.DEFAULT_CONFIG)
+    return step_launch(*flat, [0.9995], 10, 2e-4, 0.9, 0.95, 1e-8, 0.0, config or adamw_ema.DEFAULT_CONFIG)
 
 
-def crop_launch(make: Maker) -> Launch:
+def crop_launch(make: Maker, config: dict[str, int] | None = None) -> Launch:
     """The first pass of an image of ImageNet's usual size."""
     from rae_kernels.crop_triton import level_launches
 
     device = "cpu" if make.device == "meta" else make.device
-    image, taps = torch.zeros(375, 500, 3, dtype=torch.uint8, device=device), np.ones((256, 9), np.int32)
-    passes = [crop.Pass(axis, np.arange(256, dtype=np.int32), taps) for axis in (crop.COLUMNS, crop.ROWS)]
-    regions = crop.trace((375, 500), passes, 256)
-    return level_launches([image], [passes], [regions], 256, crop.DEFAULT_CONFIG)[0][0]
+    image, passes = torch.zeros(375, 500, 3, dtype=torch.uint8, device=device), crop_passes()
+    regions = crop.trace((375, 500), passes, CROP_SIZE)
+    return level_launches([image], [passes], [regions], CROP_SIZE, config or crop.DEFAULT_CONFIG)[0][0]
+
+
+def crop_passes() -> list[crop.Pass]:
+    """Passes of nine taps along both axes, as for an image of ImageNet's usual size."""
+    taps = np.ones((CROP_SIZE, 9), np.int32)
+    return [crop.Pass(axis, np.arange(CROP_SIZE, dtype=np.int32), taps) for axis in (crop.COLUMNS, crop.ROWS)]
+
+
+# By the first part of an operation's name: kernels of a stack of blocks, and what a step or a batch starts once.
+STACKED = {"norm_modulate": norm_launches, "attention": attention_launches, "swiglu": swiglu_launches}
+OTHERS = {"interpolate": pair_launch, "adamw_ema": optimizer_launch, "crop": crop_launch}

@@ -245,24 +245,22 @@ def _finish(
     terms: Terms, dx: Tensor, dbranch: Tensor, dgate: Tensor, dscale: Tensor, dshift: Tensor, partials: Tensor
 ) -> tuple[Tensor, ...]:
     """The backward's outputs from the kernel's: partials are added up in the order in which they lie."""
-    samples = terms.x.shape[0]
-    dbias, dweight = _absent(partials), _absent(partials)
-    if partials.shape[1] == len(TOKEN_SUMS):
-        sums = partials.sum(0)
-        dweight = dweight if terms.weight is None else _copy(sums[0], terms.weight)
-        dbias = dbias if terms.bias is None else _copy(sums[1], terms.bias)
-        return dx, dbranch, dgate, dbias, dscale, dshift, dweight
-    sums = partials.unflatten(0, (samples, -1)).sum(1)
-    if terms.scale is not None:
-        normed = sums[:, 1:2]
-        dscale = _copy(normed if terms.weight is None else normed * terms.weight, terms.scale)
-        dshift = dshift if terms.shift is None else _copy(sums[:, 0:1], terms.shift)
-        if terms.weight is not None:
-            dweight = _copy((normed * (1 + terms.scale.float())).sum((0, 1)), terms.weight)
-    if terms.branch is not None:
-        dgate = _copy(sums[:, 2:3], terms.gate)
-        dbias = dbias if terms.bias is None else _copy((sums[:, 3:4] * terms.gate).sum((0, 1)), terms.bias)
+    if not is_per_token(terms):
+        from rae_kernels.norm_modulate_triton import finish_launch
+
+        launch, (dgate, dscale, dshift, partials) = finish_launch(terms, partials)
+        launch.run()
+    sums = partials.sum(0)
+    dweight, dbias = (
+        _absent(sums) if tensor is None else total.to(tensor.dtype, copy=True)
+        for tensor, total in ((terms.weight, sums[0]), (terms.bias, sums[1]))
+    )
     return dx, dbranch, dgate, dbias, dscale, dshift, dweight
+
+
+def is_per_token(terms: Terms) -> bool:
+    """Whether modulations are of each token, else of each sample."""
+    return any(m is not None and m.shape[1] > 1 for m in (terms.gate, terms.scale))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -294,7 +292,7 @@ residual_norm_modulate.register_autograd(_gradients, setup_context=_save)
 def _config(direction: str, x: Tensor, gate: Tensor | None, scale: Tensor | None) -> dict[str, int]:
     """Rows and warps of a program."""
     tokens, width = x.shape[1:]
-    per_token = any(m is not None and m.shape[1] > 1 for m in (gate, scale))
+    per_token = is_per_token(Terms(x, gate=gate, scale=scale))
     return tuning.lookup(
         f"norm_modulate.{direction}",
         {"tokens": tokens, "width": width, "per_token": per_token},
@@ -329,8 +327,3 @@ def _like(full_BNC: Tensor, modulation: Tensor) -> Tensor:
     """A per-token gradient summed to the modulation's shape, in its type, as a tensor of its own."""
     summed = full_BNC.sum(1, keepdim=True) if modulation.shape[1] == 1 else full_BNC
     return summed.to(modulation.dtype, copy=True)
-
-
-def _copy(x: Tensor, like: Tensor) -> Tensor:
-    """A copy in the other's type: outputs of one operation must not share storage."""
-    return x.to(like.dtype, copy=True).contiguous()

@@ -2,7 +2,8 @@
 
 A program takes ROWS tokens of one sample, a row at a time, and keeps the sums over its tokens in registers; the sums
 of all programs are added up afterwards in fixed order, so that two runs agree to the bit. A row is a power of two of
-columns (main) and a rest (tail): at 1152 a single power of two would leave 44 % of the lanes idle.
+columns (main) and a rest (tail): at 1152 a single power of two would leave 44 % of the lanes idle. Everything that a
+row needs is loaded before its first reduction: a barrier would keep later loads from being under way meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rae_kernels.launch import Launch, power_of_two_split
-from rae_kernels.norm_modulate import SAMPLE_SUMS, TOKEN_SUMS, Terms
+from rae_kernels.norm_modulate import SAMPLE_SUMS, TOKEN_SUMS, Terms, is_per_token
+
+# Four columns a lane; a few hundred programs for a batch of 256.
+FINISH_SAMPLES, FINISH_COLUMNS, FINISH_WARPS = 4, 256, 2
 
 
 @triton.jit
@@ -136,11 +140,10 @@ def norm_gradient(
 
 @triton.jit
 def branch_gradient(
-    dx, branch_row, gate_row, dbranch_row, dgate_row, columns,
+    dx, branch, gate_row, dbranch_row, dgate_row, columns,
     C: tl.constexpr, FULL: tl.constexpr, PER_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """(addend of the gate's gradient, gradient of the branch) of some columns of a row; the latter is stored."""
-    branch = load_columns(branch_row, columns, C, FULL)
     dbranch = load_columns(gate_row, columns, C, FULL) * dx
     store_columns(dbranch_row, columns, dbranch, C, FULL)
     if PER_TOKEN:
@@ -193,6 +196,16 @@ def backward_kernel(
         row = sample * N + token
         gradient = tl.zeros([MAIN], tl.float32)
         gradient_t = tl.zeros([TAIL if TAIL else 16], tl.float32)
+        if STREAM:
+            stream_row = dx_new + sample * dx_new_sample + token * dx_new_token
+            gradient = load_columns(stream_row, main, C, FULL_MAIN)
+            if TAIL:
+                gradient_t = load_columns(stream_row, tail, C, FULL_TAIL)
+        if BRANCH:
+            branch_row = branch + sample * branch_sample + token * branch_token
+            branch_main = load_columns(branch_row, main, C, FULL_MAIN)
+            if TAIL:
+                branch_tail = load_columns(branch_row, tail, C, FULL_TAIL)
         if NORM:
             centre = tl.load(mean + row) if LAYER else 0.0
             inverse = tl.load(rstd + row)
@@ -212,33 +225,27 @@ def backward_kernel(
                 along += tl.sum(d_normed_t * normed_t)
                 if LAYER:
                     across += tl.sum(d_normed_t)
-            gradient = inverse * (d_normed - normed * (along / C) - across / C)
+            gradient += inverse * (d_normed - normed * (along / C) - across / C)
             if PER_TOKEN:
                 sum2 += d_weight
             else:
                 sum1 += dy_main
                 sum2 += dy_main * normed
             if TAIL:
-                gradient_t = inverse * (d_normed_t - normed_t * (along / C) - across / C)
+                gradient_t += inverse * (d_normed_t - normed_t * (along / C) - across / C)
                 if PER_TOKEN:
                     sum2_t += d_weight_t
                 else:
                     sum1_t += dy_tail
                     sum2_t += dy_tail * normed_t
-        if STREAM:
-            stream_row = dx_new + sample * dx_new_sample + token * dx_new_token
-            gradient += load_columns(stream_row, main, C, FULL_MAIN)
-            if TAIL:
-                gradient_t += load_columns(stream_row, tail, C, FULL_TAIL)
         if NORM:
             store_columns(dx + row * C, main, gradient, C, FULL_MAIN)
             if TAIL:
                 store_columns(dx + row * C, tail, gradient_t, C, FULL_TAIL)
         if BRANCH:
-            branch_row = branch + sample * branch_sample + token * branch_token
             gate_row = gate + sample * gate_sample + token * gate_token
             d_gate, d_branch = branch_gradient(
-                gradient, branch_row, gate_row, dbranch + row * C, dgate + row * C, main,
+                gradient, branch_main, gate_row, dbranch + row * C, dgate + row * C, main,
                 C, FULL_MAIN, PER_TOKEN,
             )  # fmt: skip
             if PER_TOKEN:
@@ -248,7 +255,7 @@ def backward_kernel(
                 sum4 += gradient
             if TAIL:
                 d_gate_t, d_branch_t = branch_gradient(
-                    gradient_t, branch_row, gate_row, dbranch + row * C, dgate + row * C, tail,
+                    gradient_t, branch_tail, gate_row, dbranch + row * C, dgate + row * C, tail,
                     C, FULL_TAIL, PER_TOKEN,
                 )  # fmt: skip
                 if PER_TOKEN:
@@ -260,6 +267,46 @@ def backward_kernel(
     store_sums(sums_row, main, sum1, sum2, sum3, sum4, C, FULL_MAIN, NORM, BRANCH, PER_TOKEN)
     if TAIL:
         store_sums(sums_row, tail, sum1_t, sum2_t, sum3_t, sum4_t, C, FULL_TAIL, NORM, BRANCH, PER_TOKEN)
+
+
+@triton.jit
+def finish_kernel(
+    partials, gate, scale, weight, dgate, dscale, dshift, sums, gate_sample, scale_sample, B,
+    C: tl.constexpr, GROUPS: tl.constexpr, SAMPLES: tl.constexpr, COLUMNS: tl.constexpr, FULL: tl.constexpr,
+    BRANCH: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, SHIFT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Modulation per sample: the partials of SAMPLES samples to gradients, and to addends of weight's and bias's."""
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(0).to(tl.int64) * SAMPLES
+    sum_weight = tl.zeros([COLUMNS], tl.float32)
+    sum_bias = tl.zeros([COLUMNS], tl.float32)
+    for sample in range(first, min(first + SAMPLES, B)):
+        sum1 = tl.zeros([COLUMNS], tl.float32)
+        sum2 = tl.zeros([COLUMNS], tl.float32)
+        sum3 = tl.zeros([COLUMNS], tl.float32)
+        sum4 = tl.zeros([COLUMNS], tl.float32)
+        for group in range(0, GROUPS):
+            row = partials + (sample * GROUPS + group) * (4 * C)
+            if NORM:
+                sum1 += load_columns(row, columns, C, FULL)
+                sum2 += load_columns(row + C, columns, C, FULL)
+            if BRANCH:
+                sum3 += load_columns(row + 2 * C, columns, C, FULL)
+                sum4 += load_columns(row + 3 * C, columns, C, FULL)
+        if NORM:
+            if SHIFT:
+                store_columns(dshift + sample * C, columns, sum1, C, FULL)
+            if WEIGHT:
+                sum_weight += sum2 * (1.0 + load_columns(scale + sample * scale_sample, columns, C, FULL))
+                sum2 *= load_columns(weight, columns, C, FULL)
+            store_columns(dscale + sample * C, columns, sum2, C, FULL)
+        if BRANCH:
+            store_columns(dgate + sample * C, columns, sum3, C, FULL)
+            if BIAS:
+                sum_bias += sum4 * load_columns(gate + sample * gate_sample, columns, C, FULL)
+    row = sums + tl.program_id(0) * (2 * C)
+    store_columns(row, columns, sum_weight, C, FULL)
+    store_columns(row + C, columns, sum_bias, C, FULL)
 
 
 def geometry(width: int) -> dict[str, int | bool]:
@@ -340,11 +387,11 @@ def backward_launch(
     """The backward launch and its outputs (dx, dbranch, dgate, dscale, dshift, partials).
 
     `terms.x` is the stream after the branch. Gradients of modulations are written here only if they are per token; else
-    they are in the partials [samples * groups, sums, C].
+    they are in the partials [samples * groups, sums, C], for `finish_launch`.
     """
     x, norm, branch = terms.x, terms.scale is not None, terms.branch is not None
     samples, tokens, width = x.shape
-    per_token = any(m is not None and m.shape[1] > 1 for m in (terms.gate, terms.scale))
+    per_token = is_per_token(terms)
     programs = samples * triton.cdiv(tokens, config["rows"])
     sums = len(TOKEN_SUMS if per_token else SAMPLE_SUMS)
     outputs = (
@@ -368,6 +415,36 @@ def backward_launch(
         | forms(terms, layer_norm)
         | {"ROWS": config["rows"], "SUMS": sums, "STREAM": dx_new is not None, "PER_TOKEN": per_token},
         config["warps"],
+        1,
+    )
+    return launch, outputs
+
+
+def finish_launch(terms: Terms, partials: Tensor) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The launch after `backward_launch` where modulation is per sample.
+
+    Its outputs are dgate, dscale, dshift (empty where the form has none) and addends [programs, 2, C] of the gradients
+    of weight and bias.
+    """
+    samples, _, width = terms.x.shape
+    columns = min(FINISH_COLUMNS, triton.next_power_of_2(width))
+    programs = triton.cdiv(samples, FINISH_SAMPLES)
+    outputs = (
+        *(terms.x.new_empty(0) if m is None else m.new_empty(m.shape) for m in (terms.gate, terms.scale, terms.shift)),
+        partials.new_empty(programs, 2, width),
+    )
+    strides = row_strides(gate=terms.gate, scale=terms.scale)
+    launch = Launch(
+        finish_kernel,
+        (programs, triton.cdiv(width, columns)),
+        pointers(partials, partials=partials, gate=terms.gate, scale=terms.scale, weight=terms.weight)
+        | dict(zip(("dgate", "dscale", "dshift", "sums"), outputs, strict=True))
+        | {name: strides[name] for name in ("gate_sample", "scale_sample")}
+        | {"B": samples},
+        {k: v for k, v in forms(terms, False).items() if k != "LAYER"}
+        | {"C": width, "GROUPS": len(partials) // samples, "SAMPLES": FINISH_SAMPLES, "COLUMNS": columns}
+        | {"FULL": width % columns == 0, "BIAS": terms.bias is not None},
+        FINISH_WARPS,
         1,
     )
     return launch, outputs

@@ -1,7 +1,7 @@
 """What a kernel takes of a GPU: registers, spills, shared memory, occupancy and instructions, with no GPU at hand.
 
 Triton's wheel holds ptxas and cuobjdump, and its compiler takes a target that the machine does not have: so a launch on
-meta tensors compiles for sm_90 anywhere.
+meta tensors compiles for sm_90 anywhere. Many processes can so compile at once what one will start.
 """
 
 from __future__ import annotations
@@ -10,23 +10,18 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from rae_kernels.launch import DIVISIBILITY, Launch
+from rae_kernels.launch import Launch
 
 # Limits of one multiprocessor, compute capability 9.0 (CUDA programming guide, table of technical specifications).
 SM90_REGISTERS, SM90_THREADS, SM90_BLOCKS = 65536, 2048, 32
 SM90_SHARED_BYTES, SM90_SHARED_PER_BLOCK, SM90_RESERVED_SHARED = 228 * 1024, 227 * 1024, 1024
 REGISTER_UNIT = 256  # registers are handed to a warp in portions of this many
-POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
-    torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
@@ -65,40 +60,53 @@ def compile_for(launch: Launch, capability: int = 90) -> Resources:
     Raises:
         RuntimeError: Triton is not installed or runs as interpreter, or a tool of its wheel fails.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    if not isinstance(launch.kernel, triton.JITFunction):
-        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted in this process and cannot be compiled")
-    signature, constants, attributes = _specialize(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    compiled = warm(launch, capability)
     return _inspect(compiled.asm["cubin"], compiled.metadata.shared, launch.num_warps)
 
 
-def _specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
-    """(signature, constants, attributes) as Triton derives them from a call: ones become constants, 16s are hinted."""
-    signature, constants, attributes = {}, {}, {}
-    for position, name in enumerate(launch.kernel.arg_names):
-        if name in launch.constants:
-            signature[name], constants[name] = "constexpr", launch.constants[name]
-            continue
-        value = launch.arguments[name]
-        if value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
-            # Allocations are aligned; a view is if its offset is.
-            if value.storage_offset() * value.element_size() % DIVISIBILITY == 0:
-                attributes[(position,)] = [["tt.divisibility", DIVISIBILITY]]
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % DIVISIBILITY == 0:
-                attributes[(position,)] = [["tt.divisibility", DIVISIBILITY]]
-        else:
-            signature[name] = "fp32"
-    return signature, constants, attributes
+def warm(launch: Launch, capability: int = 90) -> Any:
+    """Compile a launch into Triton's cache on disk, where a process that starts it finds it; gives what Triton made.
+
+    Arguments as in `compile_for`, which see. Triton itself derives types and hints from the arguments, as in a start.
+    """
+    import triton
+
+    if not isinstance(launch.kernel, triton.JITFunction):
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted in this process and cannot be compiled")
+    with _target(capability):
+        return launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.constants, **launch.options)
+
+
+@dataclass(frozen=True)
+class _AbsentGPU:
+    """What Triton asks of a driver before it starts anything."""
+
+    target: Any
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        # Compiled kernels are kept by device: these must not pass for those of GPU 0.
+        return f"absent sm_{self.target.arch}"
+
+    def get_current_stream(self, _device: str) -> int:
+        return 0
+
+
+@contextmanager
+def _target(capability: int) -> Iterator[None]:
+    """Let Triton compile for this target in place of the machine's."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    # Not `active`, which looks for a GPU and raises if there is none.
+    before = driver._active
+    driver.set_active(_AbsentGPU(GPUTarget("cuda", capability, 32)))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
 
 
 def _inspect(cubin: bytes, shared_bytes: int, warps: int) -> Resources:

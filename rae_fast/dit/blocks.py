@@ -151,9 +151,13 @@ class Attention(nn.Module):
 
 
 def padded_width(width: int, x: Tensor) -> int:
-    """`width` rounded up to whole GEMM tiles where an unaligned row length costs time, that is on CUDA."""
-    aligned = x.device.type != "cuda" or width % ALIGNED_COLUMNS == 0
-    return width if aligned else -(-width // GEMM_TILE) * GEMM_TILE
+    """`width` as it is multiplied: rounded up where an unaligned row length costs time, that is on CUDA."""
+    return aligned_width(width) if x.device.type == "cuda" else width
+
+
+def aligned_width(width: int) -> int:
+    """`width`, or whole GEMM tiles if rows of it would not be aligned: 5461 -> 5504."""
+    return width if width % ALIGNED_COLUMNS == 0 else -(-width // GEMM_TILE) * GEMM_TILE
 
 
 class GateValue(nn.Linear):

@@ -14,12 +14,27 @@ from rae_kernels import attention as attention_kernel
 from rae_kernels import norm_modulate as norm_kernel
 from rae_kernels import swiglu as swiglu_kernel
 from rae_kernels.attention import Given
+from rae_kernels.launches import Maker, Stack
+from rae_kernels.tuner import ensure_tuned
 from torch import Tensor, nn
 
 from rae_fast.dit import blocks
-from rae_fast.dit.blocks import PLAIN, AdaLNBlock, Attention, FinalLayer, Operations, RMSNorm, Rope, SwiGLU
+from rae_fast.dit.blocks import (
+    PLAIN,
+    AdaLNBlock,
+    Attention,
+    FinalLayer,
+    Operations,
+    RMSNorm,
+    Rope,
+    SwiGLU,
+    aligned_width,
+)
+from rae_fast.dit.embed import OwnTypeLinear
 
 TORCH, TRITON = "torch", "triton"
+# Enough rows to fill any GPU; more would only take memory while configurations are timed.
+TUNING_ROWS = 65536
 
 
 def use_kernels(model: nn.Module, kernels: str) -> None:
@@ -28,6 +43,38 @@ def use_kernels(model: nn.Module, kernels: str) -> None:
     for module in model.modules():
         if isinstance(module, AdaLNBlock | Attention | FinalLayer | SwiGLU):
             module.operations = operations
+
+
+def prepare_kernels(model: nn.Module, samples: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Choose the fastest configuration of every kernel that a model on this GPU will start, the same on all ranks.
+
+    Where neither the committed table nor this machine's cache has it, rank 0 measures it, once: a minute or so. All
+    ranks must call this together.
+
+    Args:
+        model: with its kernels chosen already; nothing is done for plain PyTorch.
+        samples: of a micro-batch.
+        dtype: in which linear maps compute; nothing is done for float32, which the kernels are not for.
+        device: where the model will run; nothing is done for a CPU.
+    """
+    if device.type != "cuda" or dtype == torch.float32:
+        return
+    found, tokens = stacks(model, dtype), model.grid**2
+    if found:
+        ensure_tuned(found, Maker(str(device), min(samples, max(1, TUNING_ROWS // tokens)), tokens, dtype))
+
+
+def stacks(model: nn.Module, dtype: torch.dtype) -> list[Stack]:
+    """The widths of blocks that run the project's kernels, as the tuner describes them."""
+    found = []
+    for block in model.modules():
+        if isinstance(block, AdaLNBlock) and block.operations is FUSED:
+            width, per_token = block.attn.qkv.in_features, not isinstance(block.adaLN_modulation[1], OwnTypeLinear)
+            hidden = block.mlp.w3.in_features if isinstance(block.mlp, SwiGLU) else 0
+            # What is modulated per token is DiTDH's head, whose stream has the type of its products.
+            stream = dtype if per_token else torch.float32
+            found.append(Stack(width, block.attn.num_heads, aligned_width(hidden), per_token, stream))
+    return list(dict.fromkeys(found))
 
 
 def norm_modulate(x_BND: Tensor, norm: nn.Module, shift: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor:

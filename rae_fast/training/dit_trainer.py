@@ -22,11 +22,12 @@ from torch import Tensor
 
 from rae_fast import rng
 from rae_fast.config import Config
+from rae_fast.dit.fused import prepare_kernels
 from rae_fast.errors import UserError
 from rae_fast.latents.loader import BatchStream, LatentBatch, build_loader
 from rae_fast.latents.store import LatentStore
 from rae_fast.rng import Stream
-from rae_fast.runtime import Ranks, init_distributed, pick_device
+from rae_fast.runtime import DTYPES, Ranks, init_distributed, pick_device
 from rae_fast.training.batching import (
     BatchPlan,
     checkpoint_interval,
@@ -170,6 +171,8 @@ class DiTRun:
         )
         if self.device.type == "xla":
             return self._build_xla_engine(schedule)
+        dtype = DTYPES[self.config.runtime.precision]
+        prepare_kernels(self.model, self.batches.micro_batch, dtype, self.device)
         return Engine(
             self.model,
             optimizer=training.optimizer,
