@@ -50,14 +50,23 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Tokens [B, N, D]."""
+        convolve = self.patch_size > 1 or self._as_reference(x_BCHW.device.type)
         if self.wide:
             with torch.autocast(x_BCHW.device.type, enabled=False):
-                return self._project(x_BCHW, at_least_fp32(self.proj.weight), at_least_fp32(self.proj.bias))
-        return self._project(x_BCHW, self.proj.weight, self.proj.bias)
+                return self._project(x_BCHW, at_least_fp32(self.proj.weight), at_least_fp32(self.proj.bias), convolve)
+        return self._project(x_BCHW, self.proj.weight, self.proj.bias, convolve)
 
-    def _project(self, x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _as_reference(self, device: str) -> bool:
+        """Whether to sum in the reference's order, to the last digit: where a float32 pass is compared with its own.
+
+        That goes for a CPU in full precision. There the convolution's strided result makes all linear maps behind it
+        add their bias after the product; in 16 bits that would be one rounding more.
+        """
+        return device == "cpu" and not torch.is_autocast_enabled("cpu") and self.proj.weight.dtype not in LOW_PRECISION
+
+    def _project(self, x_BCHW: Tensor, weight: Tensor, bias: Tensor, convolve: bool) -> Tensor:
         x_BCHW = x_BCHW.to(weight.dtype)
-        if self.patch_size > 1:
+        if convolve:
             return F.conv2d(x_BCHW, weight, bias, stride=self.patch_size).flatten(2).transpose(1, 2)
         # A 1 x 1 convolution is a linear map of each position: one GEMM on a transposed view, no layout change.
         return F.linear(x_BCHW.flatten(2).transpose(1, 2), weight.flatten(1), bias)
@@ -68,12 +77,14 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
 
-class DoubleLinear(nn.Linear):
-    """A linear map computed in float64, whatever the parameters' type; autocast leaves float64 alone."""
+class WideLinear(nn.Linear):
+    """A linear map computed in float32 or above, whatever the parameters' type and autocast say."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return F.linear(x.double(), self.weight.double(), self.bias.double())
+        weight, bias = at_least_fp32(self.weight), at_least_fp32(self.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(weight.dtype), weight, bias)
 
 
 class OwnTypeLinear(nn.Linear):
@@ -89,23 +100,24 @@ class OwnTypeLinear(nn.Linear):
 
 
 class TimestepEmbed(nn.Module):
-    """Gaussian Fourier features through a two-layer perceptron, in float64.
+    """Gaussian Fourier features through a two-layer perceptron, in float32 or above.
 
     e(t) = L2(silu(L0([sin(2 pi t W), cos(2 pi t W)]))), W ~ N(0, 1) of size 256.
     The output depends on t some ten to a hundred times more strongly than on anything else, and this is one row a
-    sample (1e-5 of a pass): so it gets more digits than the rest, in every mode.
+    sample (1e-5 of a pass): so it keeps float32 in every mode. Factors are multiplied in the reference's order, as the
+    rounding of an angle, too, comes out a hundredfold.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.W = nn.Parameter(torch.randn(FOURIER_SIZE), requires_grad=False)
-        self.mlp = nn.Sequential(DoubleLinear(2 * FOURIER_SIZE, width), nn.SiLU(), DoubleLinear(width, width))
+        self.mlp = nn.Sequential(WideLinear(2 * FOURIER_SIZE, width), nn.SiLU(), WideLinear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
         """Embedding [B, D] of times in [0, 1], float32 or float64."""
-        angle = t_B.double()[:, None] * self.W.double()[None, :] * (2 * math.pi)
-        features = torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1)
-        return self.mlp(features).to(at_least_fp32(self.W).dtype)
+        frequencies = at_least_fp32(self.W)
+        angle = t_B.to(frequencies.dtype)[:, None] * frequencies[None, :] * 2 * math.pi
+        return self.mlp(torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1))
 
     def reset_parameters(self) -> None:
         """Normal weights of standard deviation 0.02 in the perceptron."""
