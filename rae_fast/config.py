@@ -306,6 +306,8 @@ class Cache:
     shard_size: int = 2048  # samples in one file
     pixels: bool = False  # keep uint8 crops, so that decoder training never touches a JPEG
     pixels_from: str | None = None  # a store that kept its pixels: encode those, for another encoder, and no JPEG
+    # other stores made from the same decode: each a `path`, and dotted keys of this config that differ for it
+    also: list[dict[str, Any]] = field(default_factory=list)
     statistics: str = "compute"  # compute, none, given (stage_1.params.normalization_stat_path), or a stat.pt
     statistics_images: int | None = None  # None: all; else a seeded subset of this size
     encode_batch: int | None = None  # None: found by trial within memory

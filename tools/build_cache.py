@@ -10,7 +10,7 @@ import sys
 
 from rae_fast.command_line import parse_tool, tool_parser
 from rae_fast.errors import exit_cleanly
-from rae_fast.latents.writer import Stopped, build_cache
+from rae_fast.latents.writer import Stopped, build_caches
 from rae_fast.progress import clock
 from rae_fast.runtime import ranks_from_environment
 
@@ -19,15 +19,15 @@ EXAMPLE = "python tools/build_cache.py --config configs/demo.yaml data.source=ph
 
 
 def main() -> int:
-    """Build the store of a config."""
+    """Build the stores of a config."""
     config, _ = parse_tool(tool_parser(str(__doc__), EXAMPLE))
     ranks = ranks_from_environment()
     try:
-        report = build_cache(config, ranks)
+        reports = build_caches(config, ranks)
     except Stopped:
         print("stopped; finished shards are kept, the same command goes on from here", file=sys.stderr)
         return TERMINATED
-    if ranks.is_main:
+    for report in reports if ranks.is_main else ():
         print(
             f"{report.url}: complete, {report.images:,} images, {report.failures:,} failures, "
             f"{report.encoded:,} encoded in {clock(report.seconds)}, limited by {report.limits}"

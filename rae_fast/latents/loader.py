@@ -37,13 +37,13 @@ class LatentBatch:
         latents_BCHW: normalized latents, float32, on the loader's device.
         labels_B: int64, on the loader's device.
         index_B: int64, rows of the store, the key of all per-sample randomness; on the loader's device.
-        epoch: which epoch it belongs to.
+        epoch: which epoch it belongs to; an int64 tensor [] on an XLA device.
     """
 
     latents_BCHW: Tensor
     labels_B: Tensor
     index_B: Tensor
-    epoch: int
+    epoch: int | Tensor
 
 
 class BatchStream:
@@ -283,6 +283,9 @@ class LatentLoader(BatchStream):
                 continue
             stored, scales = self._buffers(pinned=False)
             self._gather(rows, which, stored, scales)
+            if self.device.type == "xla":
+                yield _OnHost(self, stored, scales, labels_B, index_B, at_epoch)
+                continue
             yield LatentBatch(self.store.codec.decode(stored, scales), labels_B, index_B, at_epoch)
 
     def _prefetch(self, epoch: int, rows: np.ndarray) -> None:
@@ -304,7 +307,7 @@ class LatentLoader(BatchStream):
         self._reader.gather(rows, self.planes, which, stored.numpy(), None if scales is None else scales.numpy())
 
     def _deliver(self, batch: Any) -> LatentBatch:
-        return batch.arrive() if isinstance(batch, _InFlight) else batch
+        return batch if isinstance(batch, LatentBatch) else batch.arrive()
 
 
 @dataclass(frozen=True)
@@ -321,6 +324,26 @@ class _InFlight:
         for tensor in (self.batch.latents_BCHW, self.batch.labels_B, self.batch.index_B):
             tensor.record_stream(stream)
         return self.batch
+
+
+@dataclass(frozen=True)
+class _OnHost:
+    """A batch for an XLA device, to which only the caller's thread may send."""
+
+    loader: LatentLoader
+    stored: Tensor
+    scales: Tensor | None
+    labels_B: Tensor
+    index_B: Tensor
+    epoch: int
+
+    def arrive(self) -> LatentBatch:
+        """Copy, and de-quantize on the device; the epoch goes as data, as a number would compile anew with each."""
+        device = self.loader.device
+        scales = None if self.scales is None else self.scales.to(device)
+        latents = self.loader.store.codec.decode(self.stored.to(device), scales)
+        epoch = torch.tensor(self.epoch).to(device)
+        return LatentBatch(latents, self.labels_B.to(device), self.index_B.to(device), epoch)
 
 
 class _Ring:

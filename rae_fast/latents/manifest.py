@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Mapping
 from typing import Any
 
+from rae_fast.errors import UserError
 from rae_fast.latents.checksum import crc32c
 from rae_fast.latents.layout import BACKUP, FORMAT, FORMAT_VERSION, MANIFEST, canonical_json, is_head
 from rae_fast.latents.storage import Storage
@@ -36,11 +37,29 @@ def manifest_bytes(checks: Mapping[str, tuple[int, int]]) -> bytes:
     return canonical_json(content)
 
 
-def parse_manifest(data: bytes) -> Checks:
-    """The files that a manifest lists.
+def check_format(content: Mapping[str, Any], where: str) -> None:
+    """Refuse a store that another version of the format describes.
+
+    Raises:
+        UserError: it is no latent store, or of another version.
+    """
+    found, version = content.get("format"), content.get("format_version")
+    if found != FORMAT:
+        raise UserError(f"{where} is a zarr group of format {found!r}", FORMAT, "choose another cache.path")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{where} has format_version {version}",
+            f"{FORMAT_VERSION}, which this version of rae_fast reads and writes",
+            "build it anew with another cache.path, or use the version of rae_fast that made it",
+        )
+
+
+def parse_manifest(data: bytes, where: str) -> Checks:
+    """The files that the manifest of the store at `where` lists.
 
     Raises:
         DamagedError: a single byte of it differs from what was written.
+        UserError: it is whole, and of another version of the format.
     """
     try:
         content = json.loads(data)
@@ -50,6 +69,7 @@ def parse_manifest(data: bytes) -> Checks:
         raise DamagedError(f"{MANIFEST} is damaged") from error
     if not intact:
         raise DamagedError(f"{MANIFEST} is damaged")
+    check_format(content, where)
     return {key: (size, crc) for key, (size, crc) in content["files"].items()}
 
 

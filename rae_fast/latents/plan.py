@@ -118,9 +118,9 @@ def statistics_path(config: Config) -> str:
 
 
 def recipe(config: Config) -> dict[str, Any]:
-    """The sections that a repair needs to make the same latents again, without where the store is."""
+    """The sections that a repair needs to make the same latents again, without where this store or others are."""
     sections = {"stage_1": asdict(config.stage_1), "data": asdict(config.data), "cache": asdict(config.cache)}
-    del sections["cache"]["path"]
+    del sections["cache"]["path"], sections["cache"]["also"]
     return sections
 
 
@@ -154,6 +154,8 @@ def positions_by_path(stored: PathTable, source: ImageSource, where: str) -> np.
     Raises:
         UserError: an image of the store is no longer in the source.
     """
+    if np.array_equal(stored.offsets, source.paths.offsets) and np.array_equal(stored.blob, source.paths.blob):
+        return np.arange(len(stored))  # nothing was appended: no table of a million names
     place = {path: position for position, path in enumerate(source.paths)}
     positions = np.fromiter((place.get(path, -1) for path in stored), np.int64, len(stored))
     lost = np.flatnonzero(positions < 0)

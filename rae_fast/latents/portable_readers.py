@@ -210,12 +210,10 @@ class TensorstoreReader(_ArrayReader):
     def _open(self, key: str) -> Any:
         import tensorstore
 
-        url = self.store.url
-        local = {"driver": "file", "path": str(Path(url).absolute() / key)}
-        kvstore: Any = f"{url}/{key}/" if "://" in url else local
         # Without a cache: rows are read once an epoch, and memory stays bounded.
         context = {"cache_pool": {"total_bytes_limit": 0}}
-        return tensorstore.open({"driver": "zarr3", "kvstore": kvstore, "context": context}, read=True).result()
+        spec = {"driver": "zarr3", "kvstore": kvstore_spec(f"{self.store.url}/{key}"), "context": context}
+        return tensorstore.open(spec, read=True).result()
 
     def _fetch(self, array: Any, rows: np.ndarray, out: np.ndarray, into: np.ndarray) -> None:
         import tensorstore
@@ -225,6 +223,21 @@ class TensorstoreReader(_ArrayReader):
         tensorstore.array(target).write(array[rows.tolist()]).result()
         if not contiguous:
             out[into] = target
+
+
+def kvstore_spec(url: str) -> Any:
+    """What tensorstore calls a folder or a prefix of an object store.
+
+    It does not know AWS_ENDPOINT_URL, by which everybody else finds S3-compatible servers other than Amazon's: without
+    it, it would ask Amazon, and wait.
+    """
+    if "://" not in url:
+        return {"driver": "file", "path": str(Path(url).absolute())}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if not url.startswith("s3://") or not endpoint:
+        return f"{url}/"
+    bucket, _, path = url.removeprefix("s3://").partition("/")
+    return {"driver": "s3", "bucket": bucket, "path": f"{path}/", "endpoint": endpoint}
 
 
 class ZarrReader(_ArrayReader):

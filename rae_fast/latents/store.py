@@ -21,8 +21,6 @@ from rae_fast.latents.checksum import crc32c
 from rae_fast.latents.codecs import get_codec
 from rae_fast.latents.layout import (
     FAILURES,
-    FORMAT,
-    FORMAT_VERSION,
     MANIFEST,
     PIXELS,
     Plane,
@@ -30,7 +28,7 @@ from rae_fast.latents.layout import (
     planes_of,
     single_chunk_key,
 )
-from rae_fast.latents.manifest import Checks, DamagedError, parse_manifest
+from rae_fast.latents.manifest import Checks, DamagedError, check_format, parse_manifest
 from rae_fast.latents.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -81,22 +79,14 @@ def read_attributes(storage: Storage) -> dict[str, Any] | None:
         UserError: what is there is not a latent store, of another format version, or damaged.
     """
     try:
-        attrs = json.loads(storage.read(ROOT))["attributes"]
-        found, version = attrs.get("format"), attrs.get("format_version")
+        attrs = dict(json.loads(storage.read(ROOT))["attributes"])
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
         raise UserError(f"{storage.url} is a file", "the folder of a latent store") from error
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise damaged(storage, f"{ROOT} is damaged") from error
-    if found != FORMAT:
-        raise UserError(f"{storage.url} is a zarr group of format {found!r}", FORMAT, "choose another cache.path")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{storage.url} has format_version {version}",
-            f"{FORMAT_VERSION}, which this version of rae_fast reads and writes",
-            "build it anew with another cache.path, or use the version of rae_fast that made it",
-        )
+    check_format(attrs, storage.url)
     return attrs
 
 
@@ -107,7 +97,7 @@ def read_checks(storage: Storage) -> Checks:
         UserError: the store is incomplete or its manifest damaged.
     """
     try:
-        return parse_manifest(storage.read(MANIFEST))
+        return parse_manifest(storage.read(MANIFEST), storage.url)
     except FileNotFoundError as error:
         raise UserError(
             f"{storage.url} is incomplete",

@@ -101,13 +101,13 @@ def trusted_checks(storage: Storage) -> tuple[Checks, list[Damage]]:
         UserError: there is no complete store, or both are damaged.
     """
     try:
-        return parse_manifest(storage.read(MANIFEST)), []
+        return parse_manifest(storage.read(MANIFEST), storage.url), []
     except FileNotFoundError:
         problem = "is missing"
     except DamagedError:
         problem = "is damaged"
     try:
-        return parse_manifest(read_backup(storage)[MANIFEST]), [Damage(MANIFEST, problem)]
+        return parse_manifest(read_backup(storage)[MANIFEST], storage.url), [Damage(MANIFEST, problem)]
     except (DamagedError, KeyError) as error:
         raise damaged(storage, f"{MANIFEST} {problem}, and {BACKUP} does not have it") from error
 

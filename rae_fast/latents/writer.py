@@ -12,7 +12,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,6 +43,7 @@ from rae_fast.latents.records import committed_shards
 from rae_fast.latents.sources import ImageSource, open_source
 from rae_fast.latents.storage import TEMPORARY, Storage, open_storage
 from rae_fast.latents.store import check_compatible, create_store, open_store, read_attributes
+from rae_fast.latents.together import SharedDecode, configs_of_stores
 from rae_fast.runtime import Ranks, init_distributed, pick_device
 
 BEGUN = f"{WORK}/begun"  # says that the files around it are ours, before the root's metadata does
@@ -72,41 +74,90 @@ class BuildReport:
 
 
 def build_cache(config: Config, ranks: Ranks | None = None) -> BuildReport:
-    """Build the store of `cache.path`, go on with it, or extend it; returns when it is complete, on every rank.
+    """`build_caches`, and the report of the store of `cache.path`."""
+    return build_caches(config, ranks)[0]
+
+
+def build_caches(config: Config, ranks: Ranks | None = None) -> list[BuildReport]:
+    """Build the store of `cache.path` and those of `cache.also`, go on with them, or extend them.
+
+    Returns when they are complete, on every rank: a report for each.
 
     Raises:
         UserError: bad config or data, a store that does not match, another builder at work, a full disk.
         Stopped: SIGTERM arrived.
     """
-    ranks = ranks or Ranks()
-    storage = open_storage(cache_path(config))
-    if read_attributes(storage) is None:
-        refuse_foreign(storage)
-    with process_group(ranks), stop_on_sigterm() as stop:
-        device = pick_device(config.runtime.device, ranks.local_rank)
+    ranks, configs = ranks or Ranks(), configs_of_stores(config)
+    storages = [open_storage(cache_path(one)) for one in configs]
+    for storage in storages:
+        if read_attributes(storage) is None:
+            refuse_foreign(storage)
+    with process_group(ranks), stop_on_sigterm() as stop, ExitStack() as held:
         source = open_source(config, resolve_geometry(config).image_size)
-        encoder = LatentEncoder(config.stage_1.params, config.cache.precision, device)
-        wanted = describe(config, source, encoder)
+        if len(configs) == 1:
+            prepare = preparation(config, storages[0], source, ranks, stop)
+            return [run_build(storages[0], ranks, prepare)]
+        shared, failed = SharedDecode(source.decode, len(configs)), threading.Event()
 
-        def prepare() -> Build | None:
-            if ranks.is_main:
-                begin_or_extend(config, storage, source, wanted, encoder.device)
-            return _plan(ranks, storage, source, encoder, wanted, stop)
+        def stop_all() -> None:
+            stop()
+            if failed.is_set():
+                raise Stopped
 
-        return run_build(storage, ranks, prepare)
+        builds = [
+            held.enter_context(builder_lock(storage, ranks, preparation(one, storage, part, ranks, stop_all)))
+            for one, storage, part in zip(configs, storages, shared.shares(source), strict=True)
+        ]
+
+        def run(number: int) -> BuildReport:
+            try:
+                return carry_out(storages[number], ranks, builds[number])
+            except BaseException:
+                failed.set()
+                raise
+            finally:
+                shared.leave(number)
+
+        with ThreadPoolExecutor(len(builds), "build") as pool:
+            futures = [pool.submit(run, number) for number in range(len(builds))]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:  # what went wrong, rather than that the others were stopped for it
+            raise min(errors, key=lambda error: isinstance(error, Stopped))
+        return [future.result() for future in futures]
+
+
+def preparation(
+    config: Config, storage: Storage, source: ImageSource, ranks: Ranks, stop: Callable[[], None]
+) -> Callable[[], Build | None]:
+    """What `builder_lock` calls once the store is ours."""
+    device = pick_device(config.runtime.device, ranks.local_rank)
+    encoder = LatentEncoder(config.stage_1.params, config.cache.precision, device)
+    wanted = describe(config, source, encoder)
+
+    def prepare() -> Build | None:
+        if ranks.is_main:
+            begin_or_extend(config, storage, source, wanted, device)
+        return _plan(ranks, storage, source, encoder, wanted, stop)
+
+    return prepare
 
 
 def run_build(storage: Storage, ranks: Ranks, prepare: Callable[[], Build | None]) -> BuildReport:
     """Hold the store, prepare (rank 0 first), and carry out what there is to do."""
+    with builder_lock(storage, ranks, prepare) as build:
+        return carry_out(storage, ranks, build)
+
+
+def carry_out(storage: Storage, ranks: Ranks, build: Build | None) -> BuildReport:
+    """Complete a store; None: it is complete already."""
     started_s = time.monotonic()
     encoded, limits = 0, "-"
-    with builder_lock(storage, ranks, prepare) as build:
-        if build is not None:
-            done = sum(len(build.rows(shard)) for shard in committed_shards(storage))
-            run_passes(build)
-            encoded, limits = build.attrs["num_images"] - done, build.times.limits()
-        elif ranks.is_main:
-            storage.delete_folder(WORK)
+    if build is not None:
+        done = sum(len(build.rows(shard)) for shard in committed_shards(storage))
+        run_passes(build)
+        encoded, limits = build.attrs["num_images"] - done, build.times.limits()
+    elif ranks.is_main:
+        storage.delete_folder(WORK)
     store = open_store(storage.url)
     failures = int((~store.valid).sum())
     return BuildReport(storage.url, store.n, failures, encoded, time.monotonic() - started_s, limits)
