@@ -1,17 +1,21 @@
 """Images/s of one decoder training step: cached latents, online encoding, and the reference's order of work, in turn.
 
-    python benchmarks/decoder_step.py --size DINOv2-B_decXL --batch 32
+    python benchmarks/decoder_step.py --size DINOv2-B_decXL --batch 32 --precision bf16 --compile
 
 All models have random weights of the real sizes, all inputs lie on the device: this is the step without its data. The
 baseline does what bytetriper/RAE's train_stage1.py does with the same modules: the encoder runs twice, attention is an
 explicit softmax, LPIPS and the discriminator run backward twice for the adaptive weight, fake and real go through the
 discriminator's backbone one after the other, and the EMA is a loop over parameters.
+
+Needs torch and transformers. Where lpips is missing, a VGG16 of the same layers takes its place; where DeepSpeed is
+missing, the engine is ddp; each is said in a line.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import tempfile
 import time
@@ -19,20 +23,38 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from results_file import RESULTS, make_result, print_table, row, write_result
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rae_fast.autoencoder.assembly import Players, build_players
 from rae_fast.autoencoder.augment import DiffAugment
-from rae_fast.autoencoder.feed import DecoderBatch, as_tokens
-from rae_fast.autoencoder.losses import VGG_CONVOLUTIONS, adaptive_weight, generator_loss, hinge_discriminator_loss
+from rae_fast.autoencoder.batch import DecoderBatch, as_tokens
+from rae_fast.autoencoder.losses import (
+    VGG_CONVOLUTIONS,
+    Lpips,
+    adaptive_weight,
+    generator_loss,
+    hinge_discriminator_loss,
+)
 from rae_fast.autoencoder.objective import Phase, augment_draws, discretized
 from rae_fast.autoencoder.rae import add_latent_noise
-from rae_fast.config import Config
-from rae_fast.config_file import load_config
+from rae_fast.config import (
+    Cache,
+    Config,
+    Discriminator,
+    DiscriminatorArch,
+    Gan,
+    GanLoss,
+    Runtime,
+    Stage1,
+    Stage1Params,
+    Training,
+)
 from rae_fast.latents.encode import LatentEncoder
 from rae_fast.runtime import Ranks, pick_device
 from rae_fast.training.batching import BatchPlan
@@ -40,37 +62,35 @@ from rae_fast.training.batching import BatchPlan
 BASELINE = "reference's order of work"
 ALL_ON = Phase(perceptual=True, adversarial=True, discriminator=True)
 VGG_CHANNELS = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+VGG_POOLED = (4, 9, 16, 23)  # places in torchvision's `features` where the side is halved
+DECODER_EMA, DISC_WEIGHT = 0.9978, 0.75
+TINY_DECODER = {
+    "decoder_hidden_size": 64,
+    "decoder_num_hidden_layers": 2,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 128,
+}
+TINY_DINO = {"depth": 2, "embed_dim": 64, "num_heads": 2, "patch_size": 8, "image_size": 64}
+DINO_S8 = {"depth": 12, "embed_dim": 384, "num_heads": 6, "patch_size": 8, "image_size": 224}
+DINOV2_B = (768, 12, 12, 14, 224)
 # encoder (width, layers, heads, patch, input size), decoder config, discriminator recipe
-SIZES = {
-    "tiny": (
-        (64, 2, 2, 8, 32),
-        {
-            "decoder_hidden_size": 64,
-            "decoder_num_hidden_layers": 2,
-            "decoder_num_attention_heads": 2,
-            "decoder_intermediate_size": 128,
-        },
-        "{depth: 2, embed_dim: 64, num_heads: 2, patch_size: 8, image_size: 64}",
-    ),
-    "DINOv2-B_decB": (
-        (768, 12, 12, 14, 224),
-        "ViTB",
-        "{depth: 12, embed_dim: 384, num_heads: 6, patch_size: 8, image_size: 224}",
-    ),
-    "DINOv2-B_decXL": (
-        (768, 12, 12, 14, 224),
-        "ViTXL",
-        "{depth: 12, embed_dim: 384, num_heads: 6, patch_size: 8, image_size: 224}",
-    ),
+SIZES: dict[str, tuple[tuple[int, ...], Any, dict[str, int]]] = {
+    "tiny": ((64, 2, 2, 8, 32), TINY_DECODER, TINY_DINO),
+    "DINOv2-B_decB": (DINOV2_B, "ViTB", DINO_S8),
+    "DINOv2-B_decL": (DINOV2_B, "ViTL", DINO_S8),
+    "DINOv2-B_decXL": (DINOV2_B, "ViTXL", DINO_S8),
 }
 Step = Callable[[int], object]
 
 
-def make_config(size: str, folder: Path, batch: int, precision: str, engine: str, compiled: bool) -> Config:
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def make_config(args: argparse.Namespace, folder: Path) -> Config:
     """A config over random weights of the size, written to `folder`."""
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-    (width, layers, heads, patch, side), decoder, recipe = SIZES[size]
+    (width, layers, heads, patch, side), decoder, recipe = SIZES[args.size]
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "patch_size": patch}
     model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, image_size=side, num_register_tokens=4))
     model.save_pretrained(folder / "encoder")
@@ -79,31 +99,23 @@ def make_config(size: str, folder: Path, batch: int, precision: str, engine: str
     if isinstance(decoder, dict):
         (folder / "config.json").write_text(json.dumps(decoder))
         decoder = str(folder)
-    torch.save(random_vgg(), folder / "vgg.pth")
-    return load_config(
-        None,
-        [
-            f"stage_1.params.encoder_params.dinov2_path={folder / 'encoder'}",
-            f"stage_1.params.encoder_input_size={side}",
-            f"stage_1.params.decoder_config_path={decoder}",
-            "loader.source=online",
-            f"cache.precision={precision}",
-            f"gan.disc.arch.recipe={recipe}",
-            "gan.disc.arch.ks=9",
-            "gan.loss.disc_weight=0.75",
-            "gan.loss.perceptual_weight=1.0",
-            f"gan.loss.lpips_weights={folder / 'vgg.pth'}",
-            f"training.global_batch_size={batch}",
-            "training.clip_grad=0.0",
-            f"runtime.precision={precision}",
-            f"runtime.engine={engine}",
-            f"runtime.compile={str(compiled).lower()}",
-        ],
+    params = Stage1Params(
+        encoder_params={"dinov2_path": str(folder / "encoder")}, encoder_input_size=side, decoder_config_path=decoder
+    )
+    return Config(
+        stage_1=Stage1(params=params),
+        cache=Cache(precision=args.precision),
+        gan=Gan(
+            disc=Discriminator(arch=DiscriminatorArch(recipe=recipe, ks=9)),
+            loss=GanLoss(disc_weight=DISC_WEIGHT, perceptual_weight=1.0),
+        ),
+        training=Training(global_batch_size=args.batch, clip_grad=0.0, ema_decay=DECODER_EMA),
+        runtime=Runtime(precision=args.precision, engine=args.engine, compile=args.compile),
     )
 
 
 def random_vgg() -> dict[str, Tensor]:
-    """VGG16's convolutions with random weights: LPIPS costs the same."""
+    """VGG16's convolutions with random weights, under torchvision's names: a step costs the same."""
     weights = {}
     for i, layer in enumerate(VGG_CONVOLUTIONS):
         inputs, outputs = VGG_CHANNELS[i : i + 2]
@@ -112,11 +124,61 @@ def random_vgg() -> dict[str, Tensor]:
     return weights
 
 
-def assemble(config: Config, batch: int, device: torch.device) -> tuple[Players, LatentEncoder]:
-    """Engines, losses and encoder as training builds them."""
-    encoder = LatentEncoder(config.stage_1.params, config.cache.precision, device)
+class VggDistance(nn.Module):
+    """LPIPS's work without its package: VGG16, unit-length features, a weighted mean of squares at five depths."""
+
+    def __init__(self, vgg: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterDict({name.replace(".", "_"): tensor for name, tensor in vgg.items()})
+        depths = [i for i, layer in enumerate(VGG_CONVOLUTIONS) if layer + 2 in VGG_POOLED or layer == 28]
+        self.heads = nn.ParameterDict({str(VGG_CONVOLUTIONS[i]): torch.rand(VGG_CHANNELS[i + 1]) for i in depths})
+        self.requires_grad_(False)
+
+    def forward(self, recon_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+        """Mean distance of images in [0, 1], a scalar."""
+        recon, target = (self.features(2 * x - 1) for x in (recon_B3HW, target_B3HW))
+        total = torch.zeros((), device=recon_B3HW.device)
+        for name, head in self.heads.items():
+            difference = F.normalize(recon[name].float(), dim=1) - F.normalize(target[name].float(), dim=1)
+            total = total + (difference.square() * head[:, None, None]).sum(1).mean()
+        return total
+
+    def features(self, x_B3HW: Tensor) -> dict[str, Tensor]:
+        """Activations by the place of their convolution in torchvision's `features`."""
+        found, x = {}, x_B3HW
+        for layer in VGG_CONVOLUTIONS:
+            if any(place < layer and place > layer - 3 for place in VGG_POOLED):
+                x = F.max_pool2d(x, 2)
+            weight, bias = (self.weights[f"features_{layer}_{kind}"] for kind in ("weight", "bias"))
+            x = F.relu(F.conv2d(x, weight, bias, padding=1))
+            found[str(layer)] = x
+        return found
+
+
+def build_distance(device: torch.device) -> nn.Module:
+    """LPIPS with random VGG weights, or what stands in for it."""
+    if installed("lpips"):
+        distance: nn.Module = Lpips(random_vgg())
+    else:
+        print("lpips is not installed here: a VGG16 of the same layers takes its place")
+        distance = VggDistance(random_vgg())
+    distance = distance.to(device)
+    return distance.to(memory_format=torch.channels_last) if device.type == "cuda" else distance
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def assemble(config: Config, device: torch.device) -> Players:
+    """Engines and losses as training builds them."""
+    batch = config.training.global_batch_size
+    assert batch is not None
     plan = BatchPlan(batch, 1, batch)
-    return build_players(config, plan, Ranks(), device, encoder, steps_per_epoch=1, total_steps=1000), encoder
+    return build_players(config, plan, Ranks(), device, build_distance(device), steps_per_epoch=1, total_steps=1000)
+
+
+# --- contenders -----------------------------------------------------------------------------------------------------
 
 
 def cached_step(players: Players, tokens: Tensor, images: Tensor) -> Step:
@@ -152,6 +214,8 @@ class ReferenceStep:
         self.augment = DiffAugment(1.0, 0.0)
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext()
         self.index = torch.arange(len(images), device=self.device)
+        # The reference's explicit softmax multiplies in bfloat16; torch's would go to float32 for it.
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
     def __call__(self, number: int) -> None:
         draws = augment_draws(0, 0, number, self.index)
@@ -172,11 +236,11 @@ class ReferenceStep:
         grads = [torch.autograd.grad(part, last, retain_graph=True)[0] for part in (reconstruction, adversarial)]
         weight = adaptive_weight(*grads)
         self.optimizers[0].zero_grad(set_to_none=True)
-        (reconstruction + 0.75 * weight * adversarial).backward()
+        (reconstruction + DISC_WEIGHT * weight * adversarial).backward()
         self.optimizers[0].step()
         with torch.no_grad():
             for ours, theirs in zip(self.average.parameters(), self.decoder.parameters(), strict=True):
-                ours.mul_(0.9978).add_(theirs, alpha=1 - 0.9978)
+                ours.mul_(DECODER_EMA).add_(theirs, alpha=1 - DECODER_EMA)
 
     def update_discriminator(self, real: Tensor, policies: Tensor, draws: Tensor) -> None:
         """The encoder runs again; fake and real go through the backbone one after the other."""
@@ -194,6 +258,9 @@ class ReferenceStep:
         self.optimizers[1].step()
 
 
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
 def seconds_of(step: Step, first: int, steps: int, device: torch.device) -> float:
     """Mean seconds of a step."""
     synchronize(device)
@@ -209,8 +276,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
-    """Measure all three in turn, round after round."""
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--batch", type=int, default=16)
@@ -218,46 +284,55 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of each round")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     parser.add_argument("--engine", choices=("ddp", "deepspeed"), default="ddp")
-    parser.add_argument("--compile", action="store_true", help="compile the decoder's blocks (not the baseline's)")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks; the baseline stays as it is")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=RESULTS / "decoder_step.json")
     args = parser.parse_args()
-    device = pick_device(args.device)
+    if args.engine == "deepspeed" and not installed("deepspeed"):
+        print("DeepSpeed is not installed here: the engine is ddp")
+        args.engine = "ddp"
+    return args
+
+
+def contenders(args: argparse.Namespace, device: torch.device) -> dict[str, Step]:
+    """The three steps by name, over models and inputs of their own."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        config = make_config(args.size, Path(folder), args.batch, args.precision, args.engine, args.compile)
-        players, encoder = assemble(config, args.batch, device)
-        plain, _ = assemble(without_engine(config), args.batch, device)
+        config = make_config(args, Path(folder))
+        encoder = LatentEncoder(config.stage_1.params, args.precision, device)
+        players = assemble(config, device)
+        plain = assemble(replace(config, runtime=replace(config.runtime, engine="ddp", compile=False)), device)
     side = config.stage_1.params.decoder_patch_size * encoder.latent_shape[1]
     images = torch.randint(0, 256, (args.batch, 3, side, side), dtype=torch.uint8, device=device)
-    steps: dict[str, Step] = {
+    return {
         BASELINE: ReferenceStep(plain, encoder, images, args.precision == "bf16"),
         "online: encoder once": online_step(players, encoder, images),
         "cached: no encoder": cached_step(players, as_tokens(encoder(images)).float(), images),
     }
+
+
+def main() -> None:
+    """Measure all three in turn, round after round."""
+    args = parse()
+    device = pick_device(args.device)
+    steps = contenders(args, device)
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         seconds_of(step, 0, 2, device)
     for number in range(args.rounds):
         for name, step in steps.items():
             rates[name].append(args.batch / seconds_of(step, number * args.steps, args.steps, device))
-    facts = {"size": args.size, "batch": args.batch, "precision": args.precision, "engine": args.engine}
     result = make_result(
         "decoder_step",
         "How many images/s does one step of decoder training make, data aside?",
         BASELINE,
         [row(name, values, "images/s") for name, values in rates.items()],
         device,
-        **facts,
-        compile=args.compile,
+        **{name: getattr(args, name) for name in ("size", "batch", "precision", "engine", "compile")},
+        perceptual="lpips" if installed("lpips") else "VGG16 without lpips",
     )
     print_table(result)
     write_result(args.output, result)
-
-
-def without_engine(config: Config) -> Config:
-    """The same models without a compiled or sharded engine, for the baseline."""
-    return replace(config, runtime=replace(config.runtime, engine="ddp", compile=False))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from rae_fast.errors import UserError
 from rae_fast.latents.encode import LatentEncoder
 from rae_fast.runtime import Ranks
 from rae_fast.training.batching import BatchPlan, ema_decays
-from rae_fast.training.engine import Engine
+from rae_fast.training.engine import Engine, compile_blocks
 from rae_fast.training.schedule import build_schedule
 
 # A discriminator of a few million parameters: float32 throughout, its states cut over ranks at most.
@@ -60,12 +60,21 @@ def build_players(
     plan: BatchPlan,
     ranks: Ranks,
     device: torch.device,
-    encoder: LatentEncoder | None,
+    perceptual: nn.Module | None,
     *,
     steps_per_epoch: int,
     total_steps: int,
 ) -> Players:
     """Decoder, discriminator and losses of a config.
+
+    Args:
+        config: the whole configuration.
+        plan: batch sizes.
+        ranks: who takes part.
+        device: where this rank computes.
+        perceptual: what `build_perceptual` gave.
+        steps_per_epoch: optimizer steps in an epoch.
+        total_steps: optimizer steps of the run.
 
     Raises:
         UserError: weights that a part needs cannot be found, or sizes do not fit.
@@ -73,7 +82,6 @@ def build_players(
     rae = build_trainable(config, device)
     assert rae.decoder is not None
     loss, training = config.gan.loss, config.training
-    perceptual = build_perceptual(loss, encoder)
     schedule = build_schedule(
         training.scheduler, lr=training.optimizer.lr, steps_per_epoch=steps_per_epoch, total_steps=total_steps
     )
@@ -94,6 +102,8 @@ def build_players(
     backbone, discriminator = None, None
     if starts.discriminator is not None:
         backbone = build_backbone(config.gan.disc.arch, seed=training.global_seed).to(device)
+        if config.runtime.compile:
+            compile_blocks(backbone)
         discriminator = _discriminator_engine(
             config, backbone, plan, ranks, device, starts.discriminator, steps_per_epoch, total_steps
         )
@@ -101,7 +111,7 @@ def build_players(
     objective = DecoderObjective(
         loss,
         rae.patches_to_pixels,
-        None if perceptual is None else perceptual.to(device),
+        perceptual,
         backbone,
         DiffAugment(augment.prob, augment.cutout),
         generator.autocast,
@@ -127,7 +137,7 @@ def build_trainable(config: Config, device: torch.device) -> RAE:
     return rae.to(device)
 
 
-def build_perceptual(loss: GanLoss, encoder: LatentEncoder | None) -> nn.Module | None:
+def build_perceptual(loss: GanLoss, encoder: LatentEncoder | None, device: torch.device) -> nn.Module | None:
     """LPIPS, the distance in the frozen encoder's features, or None at weight zero.
 
     Raises:
@@ -136,7 +146,9 @@ def build_perceptual(loss: GanLoss, encoder: LatentEncoder | None) -> nn.Module 
     if loss.perceptual_weight <= 0:
         return None
     if loss.perceptual == "lpips":
-        return load_lpips(loss.lpips_weights)
+        lpips = load_lpips(loss.lpips_weights).to(device)
+        # Tensor cores want the channels of a convolution last.
+        return lpips.to(memory_format=torch.channels_last) if device.type == "cuda" else lpips
     assert encoder is not None
     return EncoderPerceptual(encoder_features(encoder.encoder))
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from rae_fast.autoencoder.assembly import build_encoder_if_needed, build_players
+from rae_fast.autoencoder.assembly import build_encoder_if_needed, build_perceptual, build_players
 from rae_fast.autoencoder.feed import build_feed
 from rae_fast.autoencoder.step import FIGURES
 from rae_fast.autoencoder.validation import prepare_held_out
@@ -93,19 +93,20 @@ class DecoderRun:
         self.feed = build_feed(config, self.batches, ranks, device, encoder)
         self.steps_per_epoch = self.feed.epoch_images // self.batches.global_batch
         self.total_steps = count_steps(training, self.steps_per_epoch)
-        describe_run(folder, config, ranks, device, self._identity())
+        perceptual = build_perceptual(config.gan.loss, encoder, device)
         self.players = build_players(
             config,
             self.batches,
             ranks,
             device,
-            encoder,
+            perceptual,
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
         )
         self.generator = self.players.generator
-        perceptual = self.players.update.objective.perceptual
         self.held_out = prepare_held_out(config, encoder, geometry.image_size, ranks, perceptual)
+        # Only now: what could not begin leaves no description of itself.
+        describe_run(folder, config, ranks, device, self._identity())
         self.checkpoints = Checkpointer(
             folder / "checkpoints", ranks, keep=training.keep_checkpoints, keep_every=training.keep_every
         )
