@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from rae_fast.config import Config
 from rae_fast.config_file import load_config
@@ -16,6 +17,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{self.prog}: {message}", mend=f"see {self.prog} --help")
+
+    def parse_intermixed_args(self, *given: Any) -> argparse.Namespace:  # type: ignore[override]
+        args = super().parse_intermixed_args(*given)
+        if getattr(args, "device", None):
+            args.overrides = [*args.overrides, f"runtime.device={args.device}"]
+        return args
 
 
 def tool_parser(description: str, example: str, *, config: bool = True) -> argparse.ArgumentParser:
@@ -30,6 +37,7 @@ def tool_parser(description: str, example: str, *, config: bool = True) -> argpa
             "--config", metavar="FILE", help="YAML file; official files of bytetriper/RAE work unchanged"
         )
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as training.max_steps=100")
+        parser.add_argument("--device", help="auto, cpu, cuda or xla; same as runtime.device=")
         # The deepspeed launcher hands this to every script; the environment says the same.
         parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser

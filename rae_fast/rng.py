@@ -38,12 +38,12 @@ class Stream(IntEnum):
     LATENT_NOISE_SCALE = 9
 
 
-def uniform(seed: int, epoch: int, index_B: Tensor, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
+def uniform(seed: int, epoch: int | Tensor, index_B: Tensor, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
     """Uniform float32 [B, *shape] in [0, 1) with 24 random bits each.
 
     Args:
         seed: any non-negative int below 2**32.
-        epoch: epoch number, part of the key.
+        epoch: epoch number, part of the key; int64 [] on the device of `index_B` is as good.
         index_B: int64 [B], global sample indices; the result lives on its device.
         stream: which of the independent streams.
         shape: shape of one sample's draw.
@@ -52,7 +52,7 @@ def uniform(seed: int, epoch: int, index_B: Tensor, stream: Stream, shape: tuple
     return ((words >> 8).to(torch.float32) * 2.0**-24).reshape(len(index_B), *shape)
 
 
-def normal(seed: int, epoch: int, index_B: Tensor, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
+def normal(seed: int, epoch: int | Tensor, index_B: Tensor, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
     """Standard normal float32 [B, *shape] by Box-Muller, arguments as in `uniform`."""
     count = prod(shape)
     pairs = (count + 1) // 2
@@ -70,7 +70,7 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
 
-def _words(seed: int, epoch: int, index_B: Tensor, stream: Stream, count: int) -> Tensor:
+def _words(seed: int, epoch: int | Tensor, index_B: Tensor, stream: Stream, count: int) -> Tensor:
     """The first `count` 32-bit words of each sample's stream, int64 [B, count] with values below 2**32."""
     blocks = (count + 3) // 4
     index = index_B.to(torch.int64).reshape(-1, 1)
@@ -84,7 +84,7 @@ def _words(seed: int, epoch: int, index_B: Tensor, stream: Stream, count: int) -
     return torch.cat([w.expand(len(index), blocks) for w in words], dim=1)[:, :count]
 
 
-def _philox(counters: tuple[Tensor, Tensor, Tensor, Tensor], key0: int, key1: int) -> tuple[Tensor, ...]:
+def _philox(counters: tuple[Tensor, Tensor, Tensor, Tensor], key0: int, key1: int | Tensor) -> tuple[Tensor, ...]:
     """Ten rounds of Philox 4x32 on int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counters
     for _ in range(ROUNDS):

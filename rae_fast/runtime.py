@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 
-import psutil
 import torch
 
 from rae_fast.errors import UserError
@@ -56,10 +55,10 @@ def ranks_from_environment() -> Ranks:
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """The torch device for `auto`, `cpu` or `cuda`.
+    """The torch device for `auto`, `cpu`, `cuda` or `xla`.
 
     Raises:
-        UserError: cuda is asked for and absent, or the name is unknown.
+        UserError: cuda or xla is asked for and absent, or the name is unknown.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,7 +74,11 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
-    raise UserError(f"runtime.device is {name!r}", "auto, cpu or cuda")
+    if name == "xla":
+        from rae_fast.xla.device import xla_device
+
+        return xla_device()
+    raise UserError(f"runtime.device is {name!r}", "auto, cpu, cuda or xla")
 
 
 def init_distributed(ranks: Ranks, device: torch.device, timeout_minutes: float = 30.0) -> None:
@@ -136,6 +139,8 @@ def follow_supervisor() -> None:
 
 
 def _exit_without(pid: int) -> None:
+    import psutil  # here, so that benchmarks run on GPU machines without it
+
     try:
         supervisor = psutil.Process(pid)
         # is_running compares start times, so that a recycled process id does not pass for the supervisor.
