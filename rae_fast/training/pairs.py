@@ -5,14 +5,18 @@ Shapes: B samples of a micro-batch, C, H, W of a latent.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from rae_fast import rng
 from rae_fast.config import Config
-from rae_fast.latents.loader import LatentBatch
 from rae_fast.rng import Stream
 from rae_fast.transport.objective import ModelFunction, Transport
+
+if TYPE_CHECKING:  # benchmarks step on machines without the store's packages
+    from rae_fast.latents.loader import LatentBatch
 
 
 class PairMaker:

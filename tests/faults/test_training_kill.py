@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +22,7 @@ from rae_fast.training.monitor import read_log
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 60
+KILLS, SOAK_STEPS = 20, 260
 START_TIMEOUT_S = 240.0
 
 
@@ -36,29 +39,14 @@ OVERRIDES = (f"training.max_steps={STEPS}", "training.checkpoint_every=5", "trai
 
 
 class Run:
-    """One process tree of the training tool.
+    """A training whose log is watched.
 
     Args:
         folder: holds config and run folder.
-        data: encoder and latent store.
-        launcher: "python", or "deepspeed" for two ranks.
-        overrides: key=value.
     """
 
-    def __init__(self, folder: Path, data: tuple[Path, Path], launcher: str, *overrides: str) -> None:
-        self.log = folder / "run/log.jsonl"
-        tool = [str(REPOSITORY / "tools/train_dit.py"), *tiny_run.write_config(folder, *data), *OVERRIDES, *overrides]
-        command = [sys.executable, *tool]
-        if launcher == "deepspeed":
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            start = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(port)]
-            command = [*start, *tool]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-        self.output = (folder / "output.txt").open("a+")
-        self.process = subprocess.Popen(command, env=environment, stdout=self.output, stderr=subprocess.STDOUT)
+    def __init__(self, folder: Path) -> None:
+        self.log, self.output = folder / "run/log.jsonl", folder / "output.txt"
 
     @property
     def step(self) -> int:
@@ -70,9 +58,41 @@ class Run:
     def wait_for_step(self, step: int) -> bool:
         """Until that step is logged, or the run has ended; returns whether it still runs."""
         deadline_s = time.monotonic() + START_TIMEOUT_S
-        while self.process.poll() is None and self.step < step:
+        while self.alive() and self.step < step:
             assert time.monotonic() < deadline_s, self.text()
             time.sleep(0.005)
+        return self.alive()
+
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        raise NotImplementedError
+
+    def text(self) -> str:
+        """What it printed."""
+        return self.output.read_text()
+
+
+class LaunchedRun(Run):
+    """One process tree of the training tool.
+
+    Args:
+        folder: holds config and run folder.
+        data: encoder and latent store.
+        launcher: "python", or "deepspeed" for two ranks.
+        overrides: key=value.
+    """
+
+    def __init__(self, folder: Path, data: tuple[Path, Path], launcher: str, *overrides: str) -> None:
+        super().__init__(folder)
+        tool = [str(REPOSITORY / "tools/train_dit.py"), *tiny_run.write_config(folder, *data), *OVERRIDES, *overrides]
+        command = [sys.executable, *tool]
+        if launcher == "deepspeed":
+            start = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+            command = [*start, "--master_port", str(free_port()), *tool]
+        with self.output.open("a") as output:
+            self.process = subprocess.Popen(command, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+
+    def alive(self) -> bool:
         return self.process.poll() is None
 
     def kill(self) -> None:
@@ -86,10 +106,70 @@ class Run:
         """Wait for the end; the exit status."""
         return self.process.wait(timeout=400)
 
-    def text(self) -> str:
-        """What it printed."""
-        self.output.seek(0)
-        return self.output.read()
+
+class Forker:
+    """A process that forks ranks of the training tool, see rank_forker.py."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("rank_forker.py"))]
+        self.process = subprocess.Popen(
+            command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, **order: object) -> list[int]:
+        """One order and its answer."""
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class ForkedRun(Run):
+    """Ranks forked from a process that has everything imported.
+
+    Args:
+        forker: starts them.
+        folder: holds config and run folder.
+        data: encoder and latent store.
+        world: number of ranks.
+        overrides: key=value.
+    """
+
+    def __init__(self, forker: Forker, folder: Path, data: tuple[Path, Path], world: int, *overrides: str) -> None:
+        super().__init__(folder)
+        self.forker = forker
+        arguments = [*tiny_run.write_config(folder, *data), *OVERRIDES, *overrides]
+        self.ranks = forker.ask(arguments=arguments, world=world, port=free_port(), output=str(self.output))
+
+    def alive(self) -> bool:
+        return all(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in self.ranks)
+
+    def kill(self) -> None:
+        """SIGKILL for all ranks at once."""
+        for pid in self.ranks:
+            os.kill(pid, signal.SIGKILL)
+        assert self.finish() == -signal.SIGKILL
+
+    def finish(self) -> int:
+        """Wait for the end; the exit status."""
+        statuses = set(self.forker.ask(wait=self.ranks))
+        return statuses.pop() if len(statuses) == 1 else 1
+
+
+def environment() -> dict[str, str]:
+    """Of a run on CPUs whose launcher finds this interpreter."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
+
+
+def free_port() -> int:
+    """A port for a run's ranks to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -100,34 +180,33 @@ def data(tiny_encoder: Path, pristine_store: Path) -> tuple[Path, Path]:
 
 
 def undisturbed_here(folder: Path, data: tuple[Path, Path], *overrides: str) -> Path:
-    """The same run on one rank in this process."""
+    """The log of the same run on one rank in this process."""
+    folder.mkdir()
     train_dit(tiny_run.make_config(folder, *data, *OVERRIDES, *overrides))
     return folder / "run/log.jsonl"
 
 
 def test_killed_at_random_steps_leaves_the_loss_file_of_the_undisturbed_run(data, tmp_path):
-    (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     expected = undisturbed_here(tmp_path / "a", data, "runtime.engine=ddp")
     chance = random.Random(5)
     for kill in range(2):
-        run = Run(tmp_path / "b", data, "python", "runtime.engine=ddp")
+        run = LaunchedRun(tmp_path / "b", data, "python", "runtime.engine=ddp")
         if run.wait_for_step(chance.randrange(10 + 20 * kill, 25 + 20 * kill)):
             run.kill()
-    run = Run(tmp_path / "b", data, "python", "runtime.engine=ddp")
+    run = LaunchedRun(tmp_path / "b", data, "python", "runtime.engine=ddp")
     assert run.finish() == 0, run.text()
     assert run.log.read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.timeout(900)  # three starts of the launcher
 def test_two_ranks_of_the_deepspeed_launcher_survive_a_kill_and_a_signal(data, tmp_path):
-    (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     expected = read_log(undisturbed_here(tmp_path / "a", data))
-    run = Run(tmp_path / "b", data, "deepspeed")
+    run = LaunchedRun(tmp_path / "b", data, "deepspeed")
     assert run.wait_for_step(8), run.text()
     run.kill()
-    run = Run(tmp_path / "b", data, "deepspeed")
+    run = LaunchedRun(tmp_path / "b", data, "deepspeed")
     assert run.wait_for_step(20), run.text()
     # A scheduler's warning reaches one rank only; all must stop at the same step, with a checkpoint.
     ranks = [child for child in psutil.Process(run.process.pid).children(recursive=True) if is_rank(child)]
@@ -136,7 +215,7 @@ def test_two_ranks_of_the_deepspeed_launcher_survive_a_kill_and_a_signal(data, t
     assert run.step < STEPS, "it must have stopped early"
     assert "with a checkpoint; the same command goes on from here" in run.text()
     # One rank finishes what two began.
-    run = Run(tmp_path / "b", data, "python")
+    run = LaunchedRun(tmp_path / "b", data, "python")
     assert run.finish() == 0, run.text()
     found = read_log(run.log)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
@@ -149,22 +228,51 @@ def is_rank(process: psutil.Process) -> bool:
     return any(part.endswith("train_dit.py") for part in command) and not any("launch" in part for part in command)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_two_ranks_killed_at_twenty_random_steps_have_the_bytes_of_the_undisturbed_run(data, tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    run = Run(tmp_path / "a", data, "deepspeed", "training.max_steps=240")
-    assert run.finish() == 0, run.text()
-    chance = random.Random(0)
-    kills = 0
-    while kills < 20:
-        run = Run(tmp_path / "b", data, "deepspeed", "training.max_steps=240")
+@pytest.fixture(scope="module")
+def forker() -> Iterator[Forker]:
+    """Forks the ranks of the soaks."""
+    made = Forker()
+    yield made
+    made.close()
+
+
+def soak(forker: Forker, folder: Path, data: tuple[Path, Path], worlds: tuple[int, ...]) -> list[int]:
+    """Train `SOAK_STEPS` steps through one kill for each of `worlds`, on that many ranks each; where it was killed."""
+    folder.mkdir()
+    chance, killed, length = random.Random(0), [], f"training.max_steps={SOAK_STEPS}"
+    for world in worlds:
+        run = ForkedRun(forker, folder, data, world, length)
         # Past the newest checkpoint, at any moment of a step or of a checkpoint's writing.
-        assert run.wait_for_step(11 * (kills + 1) + chance.randrange(6)), run.text()
+        reached = killed[-1] if killed else 0
+        assert run.wait_for_step(reached + chance.randrange(6, 11)), run.text()
         time.sleep(chance.random() * 0.05)
         run.kill()
-        kills += 1
-    run = Run(tmp_path / "b", data, "deepspeed", "training.max_steps=240")
+        killed.append(run.step)
+    run = ForkedRun(forker, folder, data, worlds[-1], length)
     assert run.finish() == 0, run.text()
-    assert run.log.read_bytes() == (tmp_path / "a/run/log.jsonl").read_bytes()
+    print(f"killed after steps {killed}")
+    return killed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_ranks_killed_at_twenty_random_steps_have_the_bytes_of_the_undisturbed_run(data, forker, tmp_path):
+    (tmp_path / "undisturbed").mkdir()
+    run = ForkedRun(forker, tmp_path / "undisturbed", data, 2, f"training.max_steps={SOAK_STEPS}")
+    assert run.finish() == 0, run.text()
+    killed = soak(forker, tmp_path / "killed", data, (2,) * KILLS)
+    assert len(killed) == KILLS
+    assert killed[-1] < SOAK_STEPS
+    assert (tmp_path / "killed/run/log.jsonl").read_bytes() == run.log.read_bytes()
+    exports = [sorted((tmp_path / run / "run/export").glob("*.safetensors")) for run in ("killed", "undisturbed")]
+    assert [path.read_bytes() for path in exports[0]] == [path.read_bytes() for path in exports[1]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_one_two_and_one_rank_killed_at_twenty_random_steps_have_the_losses_of_one(data, forker, tmp_path):
+    expected = read_log(undisturbed_here(tmp_path / "one", data, f"training.max_steps={SOAK_STEPS}"))
+    soak(forker, tmp_path / "killed", data, tuple((1, 2)[i % 2] for i in range(KILLS)))
+    found = read_log(tmp_path / "killed/run/log.jsonl")
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], abs=1e-5)
