@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +64,30 @@ def golden_dir(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(request.param)
+
+
+@pytest.fixture(scope="session")
+def golden_file(golden_dir: Path) -> Callable[[str], Path]:
+    """Name within the folder -> path; the test is skipped where the folder has no such file."""
+
+    def find(name: str) -> Path:
+        if not (golden_dir / name).exists():
+            pytest.skip(f"no {name} in {golden_dir}")
+        return golden_dir / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def read_golden(golden_file: Callable[[str], Path]) -> Callable[[str], Golden]:
+    """Name within the folder -> its arrays; the test is skipped where the folder has no such file."""
+    return lambda name: Golden(golden_file(name))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrix products that are cut between threads sum in another order, and some models amplify rounding greatly."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
