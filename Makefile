@@ -25,8 +25,10 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu
+# `make gpu PART=2 NOINSTALL=1 PYTHON=python3` uses the Python at hand as it is; RESULTS is where figures go.
+gpu: $(if $(NOINSTALL),,$(STAMP))
+	$(if $(NOINSTALL),$(PYTHON),$(BIN)/python) benchmarks/gpu_parts.py \
+	  $(if $(PART),--part $(PART)) $(if $(RESULTS),--results "$(RESULTS)") $(GPU)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -120,8 +120,7 @@ class DiTDH(DiffusionTransformer):
         if self.pos_embed is not None:
             s_BND = s_BND + self.pos_embed
         rope = None if self.enc_feat_rope is None else self.enc_feat_rope()
-        for block in self.blocks[: self.trunk_depth]:
-            s_BND = self.run_block(block, s_BND, silu_c_B1D, rope)
+        s_BND = self.run_trunk(s_BND, silu_c_B1D, rope)
         return F.silu(t_BD[:, None] + s_BND)
 
     def head(self, x_BCHW: Tensor, silu_s_BNE: Tensor) -> Tensor:

@@ -102,7 +102,6 @@ class LightningDiT(DiffusionTransformer):
         # A float32 residual stream also with bfloat16 parameters, as under the reference's autocast.
         x_BND = self.x_embedder(x_BCHW) + self.pos_embed
         rope = None if self.feat_rope is None else self.feat_rope()
-        for block in self.blocks:
-            x_BND = self.run_block(block, x_BND, silu_c_B1D, rope)
+        x_BND = self.run_trunk(x_BND, silu_c_B1D, rope)
         v_BCHW = unpatchify(self.final_layer(x_BND, silu_c_B1D), self.patch_size, self.grid)
         return v_BCHW[:, : self.in_channels]

@@ -5,12 +5,15 @@ Shapes: B samples, C latent channels, H and W latent sides, N tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rae_fast.dit.blocks import AdaLNBlock, FinalLayer, Rope
-from rae_fast.dit.embed import LabelEmbed, PatchEmbed, RotaryTable, TimestepEmbed
+from rae_fast.dit.embed import LabelEmbed, OwnTypeLinear, PatchEmbed, RotaryTable, TimestepEmbed
+from rae_fast.dit.joined import joined_linear, lay_side_by_side
 from rae_fast.errors import UserError
 
 # Modules that the reference initializes otherwise than torch does.
@@ -24,6 +27,7 @@ class DiffusionTransformer(nn.Module):
         activation_checkpointing: recompute each block's activations in the backward pass instead of keeping them.
         input_size, in_channels, patch_size: the latents this model takes, [B, in_channels, input_size, input_size].
         num_classes: number of classes, and the index of the null label.
+        joined: the weights of the trunk's modulations were laid side by side.
     """
 
     blocks: nn.ModuleList
@@ -40,6 +44,7 @@ class DiffusionTransformer(nn.Module):
         self.num_classes = num_classes
         self.grid = input_size // patch_size
         self.activation_checkpointing = False
+        self.joined = False
 
     @property
     def has_null_label(self) -> bool:
@@ -67,11 +72,42 @@ class DiffusionTransformer(nn.Module):
                 "make stage_2.params.input_size and in_channels those of the latents",
             )
 
-    def run_block(self, block: nn.Module, x_BND: Tensor, silu_c: Tensor, rope: Rope | None) -> Tensor:
+    def run_block(
+        self, block: nn.Module, x_BND: Tensor, silu_c: Tensor, rope: Rope | None, modulation: Tensor | None = None
+    ) -> Tensor:
         """One block, with its activations kept or recomputed."""
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x_BND, silu_c, rope, use_reentrant=False)
-        return block(x_BND, silu_c, rope)
+            return checkpoint(block, x_BND, silu_c, rope, modulation, use_reentrant=False)
+        return block(x_BND, silu_c, rope, modulation)
+
+    def run_trunk(self, x_BND: Tensor, silu_c_B1D: Tensor, rope: Rope | None) -> Tensor:
+        """The blocks that are modulated per sample, in turn, all modulations by one product where that is possible."""
+        blocks, made = self.trunk_blocks(), None
+        if self.joined and not torch.compiler.is_compiling():
+            made = joined_linear(silu_c_B1D, [block.adaLN_modulation[1] for block in blocks])
+            self.joined = made is not None
+        for block, modulation in zip(blocks, made or [None] * len(blocks), strict=True):
+            x_BND = self.run_block(block, x_BND, silu_c_B1D, rope, modulation)
+        return x_BND
+
+    def trunk_blocks(self) -> list[AdaLNBlock]:
+        """The blocks that are modulated per sample."""
+        return [block for block in self.blocks if isinstance(block.adaLN_modulation[1], OwnTypeLinear)]
+
+    def join_modulations(self) -> None:
+        """Lay the weights of the trunk's modulations side by side, as one product for all of them asks for."""
+        maps = [block.adaLN_modulation[1] for block in self.trunk_blocks()]
+        for name in ("weight", "bias"):
+            lay_side_by_side([getattr(m, name) for m in maps])
+        self.joined = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiffusionTransformer:
+        super()._apply(fn, recurse)
+        # Where parameters are moved or cast they are laid anew. On a CPU one product gains nothing.
+        self.joined = False
+        if self.trunk_blocks() and next(self.parameters()).is_cuda:
+            self.join_modulations()
+        return self
 
 
 def rope_table(width: int, num_heads: int, grid: int) -> RotaryTable:

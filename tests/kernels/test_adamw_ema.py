@@ -81,3 +81,8 @@ def test_the_registration_is_complete() -> None:
 def test_a_decay_for_each_average_is_asked_for() -> None:
     with pytest.raises(ValueError, match="1 averages with 0 decays"):
         op.adamw_ema(*[draw(0, 4)] * 4, [draw(0, 4)], [], step=1, **HYPERPARAMETERS)
+
+
+@pytest.mark.gpu
+def test_steps_on_a_gpu_are_torchs() -> None:
+    check(100_003, "cuda", torch.bfloat16)

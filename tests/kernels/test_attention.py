@@ -109,10 +109,15 @@ def test_queries_and_keys_in_tiles_of_different_size(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.interpreter
 def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison_new_tensors(monkeypatch)
+    check((1, 70, 1, 72), torch.float32, "cpu", norm=True)
+
+
+def poison_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is newly allocated holds NaN until a kernel writes there."""
     empty, empty_like = Tensor.new_empty, torch.empty_like
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: empty(self, *a, **k).fill_(float("nan")))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
-    check((1, 70, 1, 72), torch.float32, "cpu", norm=True)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -135,3 +140,74 @@ def test_a_shape_that_nobody_measured_goes_to_pytorchs_attention(monkeypatch: py
     monkeypatch.setattr(op.tuning, "table", lambda: {key: {"implementation": "triton"}})
     assert op.chosen(256, 72, torch.bfloat16, device) == "triton"
     assert op.chosen(256, 72, torch.float32, device) == "sdpa"
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+ON_GPU = [(width, tokens, BF16, False) for width in (64, 72, 128) for tokens in (100, 256, 1024)]
+ON_GPU += [(72, 256, FP16, False), (64, 100, BF16, True), (128, 256, BF16, True), (72, 64, BF16, True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("width", "tokens", "dtype", "norm"), ON_GPU)
+def test_a_gpu_matches_float64(
+    monkeypatch: pytest.MonkeyPatch, width: int, tokens: int, dtype: torch.dtype, norm: bool
+) -> None:
+    poison_new_tensors(monkeypatch)
+    check((3, tokens, 2, width), dtype, "cuda", norm=norm, again=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 72, 128])
+def test_every_configuration_that_the_tuner_may_choose_is_right(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """A race or a wrong layout may show in one tiling only."""
+    from rae_kernels.launches import Maker, Stack, attention_given
+    from rae_kernels.tuner import candidates
+    from rae_kernels.warm import Job, compile_ahead
+    from triton.runtime.errors import OutOfResources
+
+    stack, make = Stack(2 * width, 2, 0, False, torch.float32), Maker("cuda", 2, 256)
+    directions = ("forward", "backward.queries", "backward.keys")
+    trials = [(f"attention.{d}", config) for d in directions for config in candidates(f"attention.{d}", 256)]
+    major, minor = torch.cuda.get_device_capability()
+    compile_ahead([Job(name, stack, make._replace(device="meta"), c) for name, c in trials], 10 * major + minor)
+    given, default = attention_given(stack, make), op.default_config
+    monkeypatch.setattr(op.tuning, "table", dict)
+
+    def run() -> dict[str, Tensor]:
+        return results(given, lambda g: op.packed_attention(*g, 1e-6, True)[0])
+
+    expected = run()
+    for name, config in trials:
+        chosen = {name.removeprefix("attention."): config}
+        monkeypatch.setattr(op, "default_config", lambda d, *a, c=chosen: c.get(d) or default(d, *a))
+        try:
+            found, again = run(), run()
+        except OutOfResources:
+            continue
+        for key, value in found.items():
+            assert torch.equal(value, again[key]), (name, config, key)
+            assert relative_error(value, expected[key].double()) <= 6e-3, (name, config, key)
+
+
+@pytest.mark.gpu
+def test_projections_of_more_than_two_to_the_31_elements_on_a_gpu() -> None:
+    """Offsets that do not fit 32 bits: the last sample is computed as it is alone, forward and backward."""
+    samples, tokens, heads, width = 1024, 1024, 16, 72
+    needed = 9 * samples * tokens * 3 * heads * width
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    qkv = torch.zeros(samples, tokens, 3, heads, width, dtype=BF16, device="cuda")
+    qkv[-1].normal_()
+    angle = torch.rand(tokens, width // 2, device="cuda")
+    upstream = torch.randn(1, tokens, heads * width, dtype=BF16, device="cuda")
+    found = []
+    for x, d_out in ((qkv, upstream.expand(samples, -1, -1).contiguous()), (qkv[-1:].clone(), upstream)):
+        x.requires_grad_()
+        out = op.packed_attention(x, None, None, None, angle.cos(), angle.sin(), 1e-6, True)[0]
+        found.append((out[-1], torch.autograd.grad(out, x, d_out)[0][-1]))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.gpu
+def test_neither_rotation_nor_bias_on_a_gpu() -> None:
+    check((1, 257, 2, 72), torch.bfloat16, "cuda", rope=False, bias=False, keep_turned=False)

@@ -67,3 +67,9 @@ def test_only_what_the_window_depends_on_is_computed() -> None:
 def test_passes_that_end_at_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match="into 8 x 16"):
         op.crop([torch.zeros(16, 16, 3, dtype=torch.uint8)], [[identity_pass(ROWS, 4, 8)]], 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [16, 256])
+def test_a_batch_on_a_gpu_has_pils_bytes(size: int) -> None:
+    check("cuda", size)

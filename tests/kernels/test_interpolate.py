@@ -66,3 +66,10 @@ def test_the_generator_is_the_one_of_rng(shape: tuple[int, ...]) -> None:
 def test_the_registration_is_complete() -> None:
     arguments = (*inputs((2, 2, 2), quantized=True), INDEX, 1, 2, 3, torch.float32)
     torch.library.opcheck(op.interpolate_stored, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_on_a_gpu_are_made_of_the_noise_that_rng_draws(quantized: bool, dtype: torch.dtype) -> None:
+    check((768, 16, 16), "cuda", quantized=quantized, dtype=dtype)

@@ -148,3 +148,50 @@ def test_a_wrong_number_of_modulation_tokens_is_refused(monkeypatch: pytest.Monk
     x = torch.randn(2, 6, 16)
     with pytest.raises(ValueError, match="modulation of 3 tokens for rows of 6"):
         op.norm_modulate(x, torch.randn(2, 3, 16))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("samples", "width", "per_token"), [(3, 384, False), (1, 1152, False), (1, 2048, True)])
+def test_widths_of_models_match_float64_in_float32(samples: int, width: int, per_token: bool) -> None:
+    check((samples, 100, width), per_token, "whole", False, torch.float32, torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(
+    ("width", "dtype", "stream"),
+    [
+        (384, torch.bfloat16, torch.float32),
+        (1152, torch.bfloat16, torch.bfloat16),
+        (2048, torch.float16, torch.float16),
+        (1152, torch.float32, torch.float32),
+    ],
+)
+def test_a_gpu_matches_float64(
+    monkeypatch: pytest.MonkeyPatch, form: str, per_token: bool, width: int, dtype: torch.dtype, stream: torch.dtype
+) -> None:
+    poison_new_tensors(monkeypatch)
+    check((3, 100, width), per_token, form, per_token, dtype, stream, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("samples", "tokens", "width", "per_token"), [(1, 1, 1152, False), (8, 256, 1152, False), (3, 256, 2048, True)]
+)
+def test_sizes_of_models_on_a_gpu_match_float64(samples: int, tokens: int, width: int, per_token: bool) -> None:
+    check((samples, tokens, width), per_token, "whole", False, torch.bfloat16, torch.float32, "cuda")
+
+
+@pytest.mark.gpu
+def test_tensors_of_more_than_two_to_the_31_elements_on_a_gpu() -> None:
+    """Offsets that do not fit 32 bits: the last sample is computed as it is alone."""
+    samples, tokens, width = 1024, 1024, 2304
+    needed = 8 * samples * tokens * width
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    x = torch.zeros(samples, tokens, width, dtype=torch.bfloat16, device="cuda")
+    x[-1].normal_()
+    scale, shift = torch.randn(2, samples, 1, width, device="cuda", dtype=torch.bfloat16)
+    y = op.norm_modulate(x, scale, shift)
+    assert torch.equal(y[-1:], op.norm_modulate(x[-1:].clone(), scale[-1:], shift[-1:]))

@@ -76,3 +76,12 @@ def test_the_registration_is_complete() -> None:
     inputs = [t.requires_grad_() for t in random_inputs(3, 8, 6, torch.float32, "cpu")]
     torch.library.opcheck(op.gated_linear, tuple(inputs))
     torch.library.opcheck(op.gated_linear, (inputs[0], None, inputs[2], None))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [1024, 1365, 3072, 5504])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_matches_float64(monkeypatch: pytest.MonkeyPatch, hidden: int, dtype: torch.dtype) -> None:
+    empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: empty(self, *a, **k).fill_(float("nan")))
+    check(100, hidden, dtype, "cuda")
