@@ -125,6 +125,10 @@ def test_training_logits_loss_and_head_gradients_are_the_reference_s(golden_dir:
     loss.backward()
     assert relative(loss, arrays["grad/d_loss_hinge"]) <= GATE
     assert_gradients(dict(heads.named_parameters()), arrays, "grad/")
+    vectors = arrays.below("after_train_fwd/")
+    assert bool(vectors) == arrays.meta["arch_cfg"]["using_spec_norm"]
+    for name, vector in vectors.items():  # two power iterations: one for fake, one for real
+        assert relative(heads.state_dict()[name], vector) <= GATE, name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -241,6 +245,7 @@ def test_lpips_and_its_gradient_are_the_reference_s(losses: Arrays) -> None:
     (grad,) = torch.autograd.grad(distance, recon)
     assert relative(grad / 2, losses["lpips/grad_b"]) <= GATE  # [0, 1] against the fixture's [-1, 1]
     assert float(lpips(target, target)) == 0.0
+    assert relative(lpips.distances(recon, target), losses["lpips/out_none"].flatten()) <= GATE
 
 
 # --- one whole step -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +24,13 @@ PSNR_GATE, SSIM_GATE = 1e-4, 1e-5
 
 
 @pytest.fixture
-def metrics(golden_dir: Path) -> np.lib.npyio.NpzFile:
-    file = golden_dir / "eval" / "metrics.npz"
-    if not file.exists():
-        pytest.skip(f"no {file.name} in this folder")
-    return np.load(file)
+def metrics(golden_file: Callable[[str], Path]) -> np.lib.npyio.NpzFile:
+    return np.load(golden_file("eval/metrics.npz"))
 
 
 @pytest.fixture
-def sampler(golden_dir: Path) -> dict:
-    file = golden_dir / "eval" / "label_sampler.json"
-    if not file.exists():
-        pytest.skip(f"no {file.name} in this folder")
-    return json.loads(file.read_text())
+def sampler(golden_file: Callable[[str], Path]) -> dict:
+    return json.loads(golden_file("eval/label_sampler.json").read_text())
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

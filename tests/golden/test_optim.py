@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,8 @@ from rae_fast.training.schedule import build_schedule
 GATE = 2e-6
 
 
-def need(file: Path) -> Path:
-    if not file.exists():
-        pytest.skip(f"no {file.name} in this folder")
-    return file
-
-
-def test_learning_rates_are_the_reference_s(golden_dir: Path, tmp_path: Path) -> None:
-    tables = json.loads(need(golden_dir / "optim" / "lr_tables.json").read_text())
+def test_learning_rates_are_the_reference_s(golden_file: Callable[[str], Path], tmp_path: Path) -> None:
+    tables = json.loads(golden_file("optim/lr_tables.json").read_text())
     for name, table in tables.items():
         # Through the YAML, so that legacy spellings are covered too.
         config_file = tmp_path / f"{name}.yaml"
@@ -44,8 +39,8 @@ def test_learning_rates_are_the_reference_s(golden_dir: Path, tmp_path: Path) ->
         assert ours == pytest.approx(table["lr_used_at_step"], rel=GATE), name
 
 
-def test_ema_is_the_reference_s(golden_dir: Path) -> None:
-    arrays = np.load(need(golden_dir / "optim" / "ema_adamw.npz"))
+def test_ema_is_the_reference_s(golden_file: Callable[[str], Path]) -> None:
+    arrays = np.load(golden_file("optim/ema_adamw.npz"))
 
     def tensors(prefix: str) -> dict[str, torch.Tensor]:
         return {n.removeprefix(prefix): torch.from_numpy(arrays[n]) for n in arrays.files if n.startswith(prefix)}
@@ -68,8 +63,8 @@ def test_ema_is_the_reference_s(golden_dir: Path) -> None:
             assert error <= GATE * theirs.double().norm(), (decay, name)
 
 
-def test_clipped_adamw_is_the_reference_s(golden_dir: Path) -> None:
-    arrays = np.load(need(golden_dir / "optim" / "ema_adamw.npz"))
+def test_clipped_adamw_is_the_reference_s(golden_file: Callable[[str], Path]) -> None:
+    arrays = np.load(golden_file("optim/ema_adamw.npz"))
     settings = json.loads(str(arrays["meta"]))["adamw"]
     parameter = nn.Parameter(torch.from_numpy(arrays["adamw/p0"]))
     optimizer = torch.optim.AdamW(

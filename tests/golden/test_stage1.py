@@ -34,7 +34,6 @@ def build(golden: Golden, statistics: str | None = None) -> RAE:
         decoder_patch_size=spec["dec"]["patch"],
         pretrained_decoder_path=str(folder / "decoder_model.pt"),
         normalization_stat_path=None if statistics is None else str(folder / statistics),
-        noise_tau=0.8,
     )
     return build_rae(Stage1(params=params)).eval()
 
@@ -75,7 +74,10 @@ def test_statistics_in_their_three_forms_normalize_as_in_the_reference(golden: G
 def test_latent_noise_is_added_before_normalization_and_only_in_training(golden: Golden) -> None:
     rae = build(golden, "stat.pt").train()
     draws = {"noise_u": golden["in/noise_u"], "noise_n": golden["in/noise_n"]}
-    assert_close(rae.encode(golden["in/image"], **draws), golden["out/encode_stat_train_tau0.8"])
+    prefix = "out/encode_stat_train_tau"
+    for name in golden.names(prefix):
+        rae.noise_tau = float(name.removeprefix(prefix))
+        assert_close(rae.train().encode(golden["in/image"], **draws), golden[name])
     assert_close(rae.eval().encode(golden["in/image"], **draws), golden["out/encode_stat"])
 
 
@@ -127,7 +129,7 @@ def test_decoder_gradients_are_the_reference_s(golden: Golden) -> None:
 def test_every_array_of_the_file_is_looked_at_by_some_test(golden: Golden) -> None:
     used = (
         r"meta|stat/(mean|var)|in/(image(_native)?|latent|target|noise_[un]|dec_tokens(_withcls|_othergrid)?)"
-        r"|out/(encoder_(input|tokens)|encode_(nostat|stat|varonly|flat_nostat|native_stat|stat_train_tau0\.8))"
+        r"|out/(encoder_(input|tokens)|encode_(nostat|stat|varonly|flat_nostat|native_stat|stat_train_tau[\d.]+))"
         r"|out/(decode_(nostat|stat|varonly_sample0)|forward_stat_sample0|unpatchify_of_arange)"
         r"|out/dec_logits(_dropcls|_othergrid|_epsprobe)?|grad/(loss_l1|latent|param_(names|norms|cosdot))"
     )

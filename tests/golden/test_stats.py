@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,8 @@ GATE = 2e-6
 
 
 @pytest.fixture
-def arrays(golden_dir: Path) -> np.lib.npyio.NpzFile:
-    file = golden_dir / "stats" / "latent_stats.npz"
-    if not file.exists():
-        pytest.skip(f"no {file.name} in this folder")
-    return np.load(file)
+def arrays(golden_file: Callable[[str], Path]) -> np.lib.npyio.NpzFile:
+    return np.load(golden_file("stats/latent_stats.npz"))
 
 
 def batches(arrays: np.lib.npyio.NpzFile) -> list[torch.Tensor]:
