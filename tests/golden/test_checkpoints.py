@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,17 +25,25 @@ from rae_fast.interop.official import (
     save_content,
 )
 
+if TYPE_CHECKING:
+    from conftest import Golden
+
 GATE = 1e-5
 
 
-def need(file: Path) -> Path:
-    if not file.exists():
-        pytest.skip(f"no {file.name} in this folder")
-    return file
+Find = Callable[[str], Path]
 
 
 def read(file: Path) -> Any:
-    return torch.load(need(file), map_location="cpu", weights_only=True)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def some(folder: Path, *patterns: str) -> list[Path]:
+    """The files that a pattern matches; the test is skipped where there are none."""
+    found = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    if not found:
+        pytest.skip(f"no {' or '.join(patterns)} in {folder}")
+    return found
 
 
 def assert_same(first: Any, second: Any) -> None:
@@ -57,26 +65,27 @@ def assert_same(first: Any, second: Any) -> None:
 
 def stage2_checkpoints(golden_dir: Path) -> list[Path]:
     """Training checkpoints that hold a diffusion transformer."""
-    return [file for file in sorted((golden_dir / "ckpt").glob("ep-*.pt")) if "disc" not in read(file)]
+    return [file for file in some(golden_dir, "ckpt/ep-*.pt") if "disc" not in read(file)]
 
 
 @torch.no_grad()
-def test_training_checkpoints_and_released_weights_compute_what_they_did(golden_dir: Path) -> None:
-    arrays = np.load(need(golden_dir / "ckpt" / "stage2_ckpt_io.npz"))
-    meta = json.loads(str(arrays["meta"]))
-    inputs = [torch.from_numpy(arrays[f"in/{name}"]) for name in ("x", "t", "y")]
-    cases = [(golden_dir / "ckpt" / "stage2_model.pt", "ema")]
+def test_training_checkpoints_and_released_weights_compute_what_they_did(
+    golden_dir: Path, golden_file: Find, read_golden: Callable[[str], Golden]
+) -> None:
+    golden = read_golden("ckpt/stage2_ckpt_io.npz")
+    inputs = [golden[f"in/{name}"] for name in ("x", "t", "y")]
+    cases = [(golden_file("ckpt/stage2_model.pt"), "ema")]
     cases += [(file, which) for file in stage2_checkpoints(golden_dir) for which in ("ema", "model")]
     for file, which in cases:
-        model = build_dit(meta.get("kind", "DiTDH"), meta["config"]).eval()
-        load_dit_weights(model, need(file), which)
-        theirs = torch.from_numpy(arrays[f"out/{which}_forward"])
+        model = build_dit(golden.meta.get("kind", "DiTDH"), golden.meta["config"]).eval()
+        load_dit_weights(model, file, which)
+        theirs = golden[f"out/{which}_forward"]
         error = ((model(*inputs) - theirs).norm() / theirs.norm()).item()
         assert error <= GATE, f"{file.name} {which}: {error:.2e}"
 
 
-def test_dit_weights_go_out_and_back_byte_equal(golden_dir: Path, tmp_path: Path) -> None:
-    released = need(golden_dir / "ckpt" / "stage2_model.pt")
+def test_dit_weights_go_out_and_back_byte_equal(golden_dir: Path, golden_file: Find, tmp_path: Path) -> None:
+    released = golden_file("ckpt/stage2_model.pt")
     convert_dit(released, tmp_path / "ours.safetensors")
     convert_dit(tmp_path / "ours.safetensors", tmp_path / "back.pt")
     before, after = read(released), read(tmp_path / "back.pt")
@@ -89,19 +98,16 @@ def test_dit_weights_go_out_and_back_byte_equal(golden_dir: Path, tmp_path: Path
 
 
 def test_whole_checkpoints_go_out_and_back_byte_equal(golden_dir: Path, tmp_path: Path) -> None:
-    files = [*sorted((golden_dir / "ckpt").glob("*.pt")), *sorted(golden_dir.glob("stage1/*/*.pt"))]
-    if not files:
-        pytest.skip("no checkpoints in this folder")
-    for file in files:
+    for file in some(golden_dir, "ckpt/*.pt", "stage1/*/*.pt"):
         count = pack(file, tmp_path / "whole.safetensors")
         assert unpack(tmp_path / "whole.safetensors", tmp_path / "back.pt") == count
         assert_same(read(file), read(tmp_path / "back.pt"))
 
 
-def test_stage1_checkpoints_give_their_decoder(golden_dir: Path, tmp_path: Path) -> None:
+def test_stage1_checkpoints_give_their_decoder(golden_dir: Path, golden_file: Find, tmp_path: Path) -> None:
     """The EMA decoder is what the reference's extract_decoder.py wrote beside it."""
-    extracted, half = read(golden_dir / "ckpt" / "decoder_ema.pt"), read(golden_dir / "ckpt" / "decoder_model_bf16.pt")
-    for file in sorted((golden_dir / "ckpt").glob("stage1_ep-*.pt")):
+    extracted, half = (read(golden_file(f"ckpt/{name}.pt")) for name in ("decoder_ema", "decoder_model_bf16"))
+    for file in some(golden_dir, "ckpt/stage1_ep-*.pt"):
         convert_decoder(file, tmp_path / "ema.pt")
         assert_same(dict(extracted), dict(read(tmp_path / "ema.pt")))
         convert_decoder(file, tmp_path / "bf16.pt", "model", "bf16")
@@ -126,25 +132,21 @@ def decoder_of(tensors: dict[str, Tensor]) -> ViTDecoder:
     )
 
 
-def test_decoders_load_from_every_form_of_file(golden_dir: Path) -> None:
-    folder = golden_dir / "ckpt"
-    cases = [*sorted(folder.glob("decoder_*.pt")), *sorted(folder.glob("stage1_ep-*.pt"))]
-    decoder = decoder_of(read(folder / "decoder_ema.pt"))
-    for file in cases:
+def test_decoders_load_from_every_form_of_file(golden_dir: Path, golden_file: Find) -> None:
+    average = read(golden_file("ckpt/decoder_ema.pt"))
+    decoder = decoder_of(average)
+    for file in some(golden_dir, "ckpt/decoder_*.pt", "ckpt/stage1_ep-*.pt"):
         load_decoder_weights(decoder, file)
-        if "bf16" in file.name:
-            wanted = read(file)
-        else:
-            wanted = read(folder / "decoder_ema.pt")
+        wanted = read(file) if "bf16" in file.name else average
         loaded = decoder.state_dict()
         assert all(torch.equal(loaded[name], value.float()) for name, value in wanted.items()), file.name
 
 
-def test_encoder_names_of_any_transformers_version_are_passed_over(golden_dir: Path, tmp_path: Path) -> None:
-    decoder = read(golden_dir / "ckpt" / "decoder_ema.pt")
-    files = sorted((golden_dir / "ckpt").glob("stage1_module_keys_transformers*.json"))
-    assert files
-    for file in files:
+def test_encoder_names_of_any_transformers_version_are_passed_over(
+    golden_dir: Path, golden_file: Find, tmp_path: Path
+) -> None:
+    decoder = read(golden_file("ckpt/decoder_ema.pt"))
+    for file in some(golden_dir, "ckpt/stage1_module_keys_transformers*.json"):
         for names in json.loads(file.read_text()).values():
             encoder = {name: torch.zeros(1) for name in names if name.startswith("encoder.")}
             held = {**encoder, **{f"decoder.{name}": value for name, value in decoder.items()}}
@@ -155,7 +157,7 @@ def test_encoder_names_of_any_transformers_version_are_passed_over(golden_dir: P
 
 @pytest.mark.parametrize("form", ["stat.pt", "stat_varonly.pt", "stat_meannone.pt"])
 def test_statistics_of_all_three_forms_go_out_and_back(golden_dir: Path, tmp_path: Path, form: str) -> None:
-    for file in sorted(golden_dir.glob(f"stage1/*/{form}")):
+    for file in some(golden_dir, f"stage1/*/{form}"):
         content = read(file)
         convert_statistics(file, tmp_path / "ours.safetensors")
         convert_statistics(tmp_path / "ours.safetensors", tmp_path / "back.pt")
@@ -167,16 +169,18 @@ def test_statistics_of_all_three_forms_go_out_and_back(golden_dir: Path, tmp_pat
             assert_same(ours, content.get(name))
 
 
-def test_optimizer_state_follows_the_order_of_our_parameters(golden_dir: Path) -> None:
+def test_optimizer_state_follows_the_order_of_our_parameters(
+    golden_file: Find, read_golden: Callable[[str], Golden]
+) -> None:
     """Exported moments are numbered by our module's order, which must be the reference's."""
-    facts = json.loads(need(golden_dir / "ckpt" / "format.json").read_text())["stage2_train_ckpt"]
-    meta = json.loads(str(np.load(need(golden_dir / "ckpt" / "stage2_ckpt_io.npz"))["meta"]))
+    facts = json.loads(golden_file("ckpt/format.json").read_text())["stage2_train_ckpt"]
+    meta = read_golden("ckpt/stage2_ckpt_io.npz").meta
     model = build_dit(meta.get("kind", "DiTDH"), meta["config"])
     assert [name for name, _ in model.named_parameters()] == facts["optimizer_param_order"]
 
 
 def test_a_decoder_config_may_write_its_patch_size_as_text(golden_dir: Path, tmp_path: Path) -> None:
-    for file in sorted(golden_dir.glob("stage1/*/decoder_config/config.json")):
+    for file in some(golden_dir, "stage1/*/decoder_config/config.json"):
         content = json.loads(file.read_text())
         (tmp_path / "config.json").write_text(json.dumps({**content, "patch_size": str(content["patch_size"])}))
         assert load_decoder_config(tmp_path) == load_decoder_config(file)
