@@ -1,7 +1,4 @@
-"""Networks that turn images into features for Frechet distance and its relatives.
-
-Every extractor maps images to named features: `features` (Frechet distance, MMD, precision and recall), and where it
-has them `spatial` (sFID) and `logits` (inception score).
+"""Features of sets of images, by Inception, by a configured encoder, or by any torch module.
 
 Shapes: B images of a piece, C, H, W of a latent, D values of a feature.
 """
@@ -12,7 +9,6 @@ import hashlib
 import importlib
 import inspect
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,90 +19,16 @@ from torch import Tensor, nn
 
 from rae_fast.config import Config
 from rae_fast.errors import UserError
+from rae_fast.evaluation.extractor import FEATURES, LOGITS, SPATIAL, Extractor
 from rae_fast.evaluation.feature_cache import Figures
 from rae_fast.evaluation.image_sets import PIECE, ImageSet, store_fingerprint
+from rae_fast.evaluation.inception import Inception
 from rae_fast.latents.encode import LatentEncoder
 from rae_fast.latents.plan import check_encoder
 from rae_fast.latents.store import LatentStore
 from rae_fast.provenance import sha256_file, sha256_tensors
-from rae_fast.weights import read_weights_file
 
-FEATURES, SPATIAL, LOGITS = "features", "spatial", "logits"
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-SPATIAL_CHANNELS = 7
 POOLINGS = ("mean", "cls")
-
-
-class Extractor(ABC):
-    """A frozen network with a name.
-
-    Attributes:
-        name: key of its figures in a report.
-        identity: what its features depend on, for cache and report.
-    """
-
-    name: str
-    identity: dict[str, Any]
-
-    @abstractmethod
-    def __call__(self, images_B3HW: Tensor) -> dict[str, Tensor]:
-        """Features float32 [B, D] by name, of images uint8 [B, 3, H, W] on any device."""
-
-
-class Inception(Extractor):
-    """The Inception network of torch-fidelity, which is that of the TensorFlow evaluators.
-
-    `features`: pool_3, 2048 values. `spatial`: the first 7 channels of mixed_6/conv on its 17 x 17 grid, channels last,
-    as ADM's evaluator takes them. `logits`: 1008 values without the bias.
-
-    Args:
-        weights: file of the weights; None: torch-fidelity's place in torch's hub folder.
-        device: where it runs.
-
-    Raises:
-        UserError: the file is missing or holds something else.
-    """
-
-    name = "inception"
-
-    def __init__(self, weights: str | Path | None, device: torch.device) -> None:
-        place = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-        if not place.is_file():
-            raise UserError(
-                f"FID needs the Inception weights, and {place} does not exist",
-                f"torch-fidelity's {INCEPTION_FILE}",
-                f"curl -L --create-dirs -o {place} {INCEPTION_URL}, or name the file in --inception-weights",
-            )
-        read_weights_file(place)  # the library would run code that a pickle may hold
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        try:
-            network = FeatureExtractorInceptionV3(
-                self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(place)
-            )
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(f"{place} does not fit Inception", f"torch-fidelity's {INCEPTION_FILE}") from error
-        self._network, self._device = network.to(device).eval(), device
-        self._spatial: Tensor | None = None
-        network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
-        digest = sha256_file(place)
-        known = INCEPTION_FILE.removesuffix(".pth").rsplit("-", 1)[1]
-        self.identity = {
-            "network": "Inception v3 (2015-12-05) of torch-fidelity",
-            "weights_sha256": digest,
-            "comparable_with_published": digest.startswith(known),
-        }
-
-    def _keep(self, _: nn.Module, __: Any, output_B192HW: Tensor) -> None:
-        self._spatial = output_B192HW[:, :SPATIAL_CHANNELS]
-
-    @torch.no_grad()
-    def __call__(self, images_B3HW: Tensor) -> dict[str, Tensor]:
-        features, logits = self._network(images_B3HW.to(self._device))
-        assert self._spatial is not None
-        spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
-        return {FEATURES: features, SPATIAL: spatial, LOGITS: logits}
 
 
 class EncoderFeatures(Extractor):

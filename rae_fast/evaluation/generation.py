@@ -15,20 +15,12 @@ import numpy as np
 import torch
 
 from rae_fast.config import Config
+from rae_fast.evaluation.extractor import FEATURES, LOGITS, SPATIAL, Extractor
 from rae_fast.evaluation.feature_cache import FigureSet, collect
-from rae_fast.evaluation.features import (
-    FEATURES,
-    LOGITS,
-    SPATIAL,
-    EncoderFeatures,
-    Extractor,
-    Inception,
-    build_extractor,
-    image_features,
-    stored_features,
-)
+from rae_fast.evaluation.features import EncoderFeatures, build_extractor, image_features, stored_features
 from rae_fast.evaluation.frechet import frechet_distance
 from rae_fast.evaluation.image_sets import ImageSet, open_images, sampling_manifest
+from rae_fast.evaluation.inception import Inception
 from rae_fast.evaluation.mmd import squared_mmd
 from rae_fast.evaluation.outcome import Picture, describe, picture_of, write_outcome
 from rae_fast.evaluation.precision_recall import precision_recall

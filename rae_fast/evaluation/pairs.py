@@ -23,11 +23,13 @@ from rae_fast.autoencoder.losses import Lpips, find_vgg_weights, load_lpips
 from rae_fast.autoencoder.rae import RAE, build_rae
 from rae_fast.config import Config, Stage1
 from rae_fast.errors import UserError, nearest
+from rae_fast.evaluation.extractor import FEATURES, Extractor
 from rae_fast.evaluation.feature_cache import Figures, FigureSet, collect
-from rae_fast.evaluation.features import FEATURES, Extractor, Inception, build_extractor, image_features
+from rae_fast.evaluation.features import build_extractor, image_features
 from rae_fast.evaluation.frechet import frechet_distance
 from rae_fast.evaluation.image_sets import PIECE, ImageSet, open_images
 from rae_fast.evaluation.images import to_uint8
+from rae_fast.evaluation.inception import Inception
 from rae_fast.evaluation.outcome import Picture, describe, picture_of, write_outcome
 from rae_fast.evaluation.reconstruction import psnr, ssim
 from rae_fast.provenance import sha256_file

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rae_fast.errors import UserError
-from rae_fast.evaluation.features import FEATURES, SPATIAL
+from rae_fast.evaluation.extractor import FEATURES, SPATIAL
 from rae_fast.evaluation.image_sets import ImageSet, StorePixels, is_store, open_images
 from rae_fast.latents.store import LatentStore, open_store
 from rae_fast.provenance import sha256_file

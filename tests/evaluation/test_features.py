@@ -13,15 +13,14 @@ import torch
 from rae_fast.config import Config
 from rae_fast.errors import UserError
 from rae_fast.evaluation.features import (
-    INCEPTION_FILE,
     EncoderFeatures,
-    Inception,
     build_extractor,
     image_features,
     mean_token,
     stored_features,
 )
 from rae_fast.evaluation.image_sets import open_images
+from rae_fast.evaluation.inception import INCEPTION_FILE, Inception
 from rae_fast.latents.store import open_store
 
 CPU = torch.device("cpu")
