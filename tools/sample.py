@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--folder", type=Path, required=True, help="where images, labels, grid and sampling.json go")
     add("--run", type=Path, help="training run: its config, and its export or newest checkpoint (EMA)")
     add("--weights", type=Path, help="checkpoint, .safetensors export or checkpoints folder; same as stage_2.ckpt=")
-    add("--ema", metavar="DECAY", help="which average of --run (default: the first)")
+    add("--ema", metavar="DECAY", help="which average of a run (default: the first), or online")
     add("--classes", help="numbers or names, separated by commas; taken in turn")
     add("--count", type=int, help="images in all (64, or one for each of --classes)")
     add("--per-class", type=int, help="so many of each class, one class after the other")

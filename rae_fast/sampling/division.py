@@ -51,6 +51,13 @@ class Division:
         """All units, int64 arrays of item numbers."""
         return [np.arange(i, min(i + self.unit, self.total)) for i in range(0, self.total, self.unit)]
 
+    def missing(self) -> list[np.ndarray]:
+        """This rank's units of which something is missing."""
+        return self._missing(self._ours())
+
+    def _ours(self) -> list[np.ndarray]:
+        return self.units()[self.ranks.rank :: self.ranks.world]
+
     def work(self, make: Callable[[np.ndarray], None], wait: Callable[[], None]) -> None:
         """Make what is missing of this rank's units; on rank 0, return when the others' are there too.
 
@@ -58,9 +65,8 @@ class Division:
             make: makes the items of one unit; may return before they are in their place.
             wait: returns when they are.
         """
-        ours = self.units()[self.ranks.rank :: self.ranks.world]
-        missing = self._missing(ours)
-        count = sum(map(len, ours))
+        missing = self.missing()
+        count = sum(map(len, self._ours()))
         done = count - sum(map(len, missing))
         share = "" if self.ranks.world == 1 else f", rank 0 of {self.ranks.world}"
         progress = Progress(count, "images", self.label + share, done=done, enabled=self.ranks.is_main)
@@ -112,11 +118,16 @@ class Writer:
     def __init__(self, threads: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(threads or min(WRITERS, cores), "write")
-        self._units: deque[list[Future[Any]]] = deque()
+        self._units: deque[tuple[list[Future[Any]], Callable[[], None]]] = deque()
 
-    def submit(self, tasks: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]]) -> None:
-        """Start (function, arguments) of one unit; waits for the unit before the last."""
-        self._units.append([self._pool.submit(function, *arguments) for function, arguments in tasks])
+    def submit(
+        self, tasks: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]], then: Callable[[], None] = lambda: None
+    ) -> None:
+        """Start (function, arguments) of one unit, then call `then`; waits for the unit before the last.
+
+        `then` is called in this thread, by a later `submit` or `wait`.
+        """
+        self._units.append(([self._pool.submit(function, *arguments) for function, arguments in tasks], then))
         while len(self._units) > 2:
             self._finish_oldest()
 
@@ -130,8 +141,10 @@ class Writer:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
-        for task in self._units.popleft():
+        tasks, then = self._units.popleft()
+        for task in tasks:
             task.result()
+        then()
 
     def __enter__(self) -> Writer:
         return self

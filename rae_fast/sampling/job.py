@@ -10,17 +10,12 @@ Sample i is `images/<i>.png`; its pixels depend on the checkpoint, the settings,
 from __future__ import annotations
 
 import hashlib
-import os
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-from PIL import Image
 
 from rae_fast.autoencoder.rae import RAE
 from rae_fast.config import Config
@@ -29,17 +24,18 @@ from rae_fast.errors import UserError
 from rae_fast.evaluation.images import save_grid, save_npz, save_png
 from rae_fast.geometry import resolve_geometry
 from rae_fast.progress import Progress
-from rae_fast.provenance import atomic_write, read_json, sha256_file, versions, write_json
+from rae_fast.provenance import atomic_write, sha256_file, versions
 from rae_fast.runtime import Ranks, device_name, pick_device, set_precision
-from rae_fast.sampling.division import STALL_S, WRITERS, Division, Writer, numbered
+from rae_fast.sampling.division import STALL_S, Division, Writer, numbered
+from rae_fast.sampling.folder import begin, read_images, remove_stale_parts
 from rae_fast.sampling.latent_files import LatentFile
 from rae_fast.sampling.sampler import EXACT_BATCH, LatentSampler, decode_images, draw_latents, load_sampler
 from rae_fast.sampling.source import open_decoder
+from rae_fast.training.restore import newest
 from rae_fast.training.run_folder import share_threads
 
 MANIFEST, LABELS = "sampling.json", "labels.npy"
 GRID_IMAGES = 64
-BEGIN_TIMEOUT_S = 1800.0  # for rank 0 to begin the folder: it may have to hash gigabytes first
 # What must agree between the run that began a folder and the one that goes on with it.
 IDENTITY = (
     "checkpoint_sha256",
@@ -49,6 +45,7 @@ IDENTITY = (
     "settings_sha256",
     "seed",
     "rows",
+    "ema",
     "latents",
     "device_type",
 )
@@ -69,6 +66,7 @@ class SamplingJob:
         rows: samples computed at once; another number rounds differently.
         columns: of the grid; None: as square as can be.
         cuda_graphs: see `load_sampler`.
+        ema: see `load_sampler`.
         stall_s: see `Division`.
     """
 
@@ -81,6 +79,7 @@ class SamplingJob:
     rows: int = EXACT_BATCH
     columns: int | None = None
     cuda_graphs: bool = False
+    ema: str | None = None
     stall_s: float = STALL_S
 
 
@@ -97,14 +96,16 @@ def run_sampling(config: Config, job: SamplingJob, ranks: Ranks) -> dict[str, An
     share_threads(ranks, device)
     set_precision(config.runtime.precision)
     geometry = resolve_geometry(config)
-    sampler = load_sampler(config, geometry, device, rows=job.rows, cuda_graphs=job.cuda_graphs, say=ranks.is_main)
+    sampler = load_sampler(
+        config, geometry, device, rows=job.rows, cuda_graphs=job.cuda_graphs, ema=job.ema, say=ranks.is_main
+    )
     _check_labels(job.labels, sampler)
     rae = open_decoder(config, device)
     manifest = _manifest(config, job, sampler, rae)
     latents = None
     if job.latents is not None:
         latents = LatentFile(job.folder, job.latents, (len(job.labels), *geometry.latent_shape))
-    begin(job.folder, manifest, job.labels, ranks, latents)
+    begin_samples(job.folder, manifest, job.labels, ranks, latents)
     draw_missing(sampler, rae, job, ranks, latents)
     if ranks.is_main:
         _finish(job)
@@ -140,18 +141,16 @@ def image_path(folder: Path, i: int) -> Path:
 # --- what a folder is of --------------------------------------------------------------------------------------------
 
 
-def begin(
+def begin_samples(
     folder: Path, manifest: dict[str, Any], labels: np.ndarray, ranks: Ranks, latents: LatentFile | None = None
 ) -> None:
-    """Write manifest, labels and an empty latent file, or check those that are there; other ranks wait for rank 0.
+    """Begin the folder with manifest, labels and an empty latent file, or check those that are there.
 
     Raises:
         UserError: the folder's samples are of something else, or rank 0 does not come.
     """
-    path = folder / MANIFEST
-    if path.exists():
-        _check_identity(folder, manifest)
-    if ranks.is_main:
+
+    def prepare() -> None:
         _check_stored_labels(folder, labels)
         remove_stale_parts(folder / "images")
         if latents is not None:
@@ -159,34 +158,12 @@ def begin(
             latents.create()
         with atomic_write(folder / LABELS) as file:
             np.save(file, labels.astype(np.int64))
-        write_json(path, manifest)
-        return
-    deadline_s = time.monotonic() + BEGIN_TIMEOUT_S
-    while not path.exists() or len(_stored_labels(folder)) < len(labels):
-        if time.monotonic() > deadline_s:
-            raise UserError(f"rank 0 has not begun {folder}", "the same --folder on all ranks, seen by all of them")
-        time.sleep(0.2)
-    _check_identity(folder, manifest)
+
+    def ready() -> bool:
+        return len(_stored_labels(folder)) >= len(labels)
+
+    begin(folder / MANIFEST, manifest, IDENTITY, ranks, prepare=prepare, ready=ready)
     _check_stored_labels(folder, labels)
-
-
-def remove_stale_parts(folder: Path) -> None:
-    """Remove half-written files of a run that was killed: those older than this process."""
-    started_s = psutil.Process().create_time()
-    for part in folder.glob(".*.part"):
-        if part.stat().st_mtime < started_s:
-            part.unlink(missing_ok=True)
-
-
-def _check_identity(folder: Path, manifest: dict[str, Any]) -> None:
-    before = read_json(folder / MANIFEST)
-    for key in IDENTITY:
-        if before.get(key) != manifest[key]:
-            raise UserError(
-                f"{folder} holds samples with {key} {before.get(key)}",
-                f"{manifest[key]}",
-                "give another --folder, or remove this one",
-            )
 
 
 def _check_stored_labels(folder: Path, labels: np.ndarray) -> None:
@@ -213,6 +190,7 @@ def _manifest(config: Config, job: SamplingJob, sampler: LatentSampler, rae: RAE
         "samples": len(job.labels),
         "seed": job.seed,
         "rows": job.rows,
+        "ema": job.ema,
         "latents": job.latents,
         "device_type": sampler.device.type,
         "device": device_name(sampler.device),
@@ -232,10 +210,7 @@ def _manifest(config: Config, job: SamplingJob, sampler: LatentSampler, rae: RAE
 def weights_sha256(path: str | Path) -> str:
     """Digest of a file of weights; of a checkpoint folder, that of its manifest, which holds those of its files."""
     path = Path(path)
-    if not path.is_dir():
-        return sha256_file(path)
-    folder = path / (path / "latest").read_text().strip() if (path / "latest").is_file() else path
-    return sha256_file(folder / "manifest.json")
+    return sha256_file(newest(path) / "manifest.json" if path.is_dir() else path)
 
 
 def _statistics_sha256(rae: RAE) -> str:
@@ -287,36 +262,14 @@ def _finish(job: SamplingJob) -> None:
     count = len(job.labels)
     shown = min(GRID_IMAGES, count)
     columns = job.columns or max(1, int(shown**0.5))
-    save_grid(job.folder / "grid.png", np.concatenate(list(read_images(job.folder / "images", shown))), columns)
+    save_grid(job.folder / "grid.png", np.concatenate(list(read_images(job.folder / "images", range(shown)))), columns)
     if job.npz:
         progress = Progress(count, "images", "packing samples.npz")
 
         def packed() -> Iterator[np.ndarray]:
-            for images in read_images(job.folder / "images", count):
+            for images in read_images(job.folder / "images", range(count)):
                 yield images
                 progress.advance(len(images))
 
         save_npz(job.folder / "samples.npz", packed(), job.labels, count=count)
         progress.close()
-
-
-def read_images(folder: Path, count: int, batch: int = 64) -> Iterator[np.ndarray]:
-    """The first `count` images of a folder, uint8 [<= batch, S, S, 3] at a time, decoded in threads.
-
-    Raises:
-        UserError: one is damaged.
-    """
-    with ThreadPoolExecutor(min(WRITERS, os.cpu_count() or 1), "read") as pool:
-        for start in range(0, count, batch):
-            paths = [folder / f"{i:06d}.png" for i in range(start, min(start + batch, count))]
-            yield np.stack(list(pool.map(_read_image, paths)))
-
-
-def _read_image(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error}", "the image that was drawn", "remove it and run again"
-        ) from error

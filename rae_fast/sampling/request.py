@@ -53,6 +53,7 @@ def run_request(args: Namespace, ranks: Ranks) -> str:
         rows=args.rows,
         columns=args.columns or args.per_class,
         cuda_graphs=args.cuda_graphs,
+        ema=args.ema,
     )
     run_sampling(config, job, ranks)
     if not ranks.is_main:
@@ -101,7 +102,7 @@ def draw_grid(args: Namespace, config: Config, geometry: Geometry) -> Path:
     classes = list(range(min(geometry.num_classes, SWEPT_CLASSES)))
     if args.classes:
         classes = class_numbers(args.classes.split(","), names, geometry.num_classes)
-    sampler = load_sampler(config, geometry, device, rows=args.rows)
+    sampler = load_sampler(config, geometry, device, rows=args.rows, ema=args.ema)
     rae = open_decoder(config, device)
     if args.interpolate:
         path, columns, rows = args.folder / "interpolation.png", args.columns or COLUMNS, args.count or ROWS

@@ -113,6 +113,7 @@ def load_sampler(
     *,
     rows: int = EXACT_BATCH,
     cuda_graphs: bool = False,
+    ema: str | None = None,
     say: bool = True,
 ) -> LatentSampler:
     """The model of `stage_2.ckpt` (EMA weights where the file holds them) and the guide, in evaluation mode.
@@ -123,6 +124,7 @@ def load_sampler(
         device: where to draw.
         rows: samples computed at once.
         cuda_graphs: replay each forward pass as one CUDA graph.
+        ema: which average to take where the weights are a run's checkpoints; None: the first one.
         say: print a line where something asked for cannot be had here.
 
     Raises:
@@ -133,7 +135,7 @@ def load_sampler(
             "stage_2.ckpt is not set", "the checkpoint to sample from", "set stage_2.ckpt=<file>, or give --run"
         )
     model = build_dit(config.stage_2.target, dit_params(config, geometry))
-    load_weights(model, config.stage_2.ckpt)
+    load_weights(model, config.stage_2.ckpt, ema)
     guide = None
     section = config.guidance.guidance_model
     if section is not None and config.guidance.method == "autoguidance" and config.guidance.scale > 1:
@@ -148,12 +150,18 @@ def load_sampler(
     return LatentSampler(model, config, geometry, guide, rows=rows)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Weights from a file, or from a `checkpoints` or `checkpoints/step-*` folder of a run, EMA where there is one.
+def load_weights(model: nn.Module, path: str | Path, ema: str | None = None) -> None:
+    """Weights from a file, or from the checkpoints of a run, EMA where there is one.
+
+    Args:
+        model: is filled.
+        path: a file; or a run folder, its `checkpoints`, or one of those.
+        ema: of checkpoints; see `checkpoint_weights`.
 
     Raises:
         UserError: it cannot be read, or is of another model.
     """
+    # Here, as a machine that only measures need not have what the rest of these imports.
     from rae_fast.interop.official import likely_cause, load_dit_weights
     from rae_fast.weights import load_strictly
 
@@ -162,7 +170,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         return
     from rae_fast.training.export import checkpoint_weights
 
-    tensors = checkpoint_weights(path)
+    tensors = checkpoint_weights(path, ema=ema)
     load_strictly(model, tensors, path, likely_cause(model.state_dict(), tensors))
 
 

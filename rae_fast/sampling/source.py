@@ -6,7 +6,7 @@ A run's folder holds all that is needed but the decoder: its config, and its wei
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rae_fast.latents.store import LatentStore
 from rae_fast.provenance import read_json
 from rae_fast.training.dit_setup import LABEL_TABLE, open_checked_store
 from rae_fast.training.previews import decoder_of, has_decoder
+from rae_fast.training.restore import newest
 from rae_fast.weights import select_weights
 
 RUN_CONFIG = "config.yaml"
@@ -40,7 +41,7 @@ def open_source(
         run: folder of a training run; its config is taken, and its newest weights unless `weights` or `overrides` say.
         weights: checkpoint, export, or `checkpoints` folder; without `config_file` and `run`, an export's run is.
         overrides: dotted key=value.
-        ema: decay of the run's average to take, or "online"; None: the first one.
+        ema: which of a run's averages is wanted; see `newest_weights`.
 
     Raises:
         UserError: no run there, no weights in it, a config that contradicts itself.
@@ -57,37 +58,56 @@ def open_source(
     return _with_classes(config)
 
 
-def newest_weights(run: Path, ema: str | None = None) -> Path:
-    """A run's weights: what it exported, or its newest checkpoint if that is of a later step.
+def open_decoder_source(config_file: str | None, run: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The config to reconstruct with; a run of decoder training gives its own, and its exported decoder.
 
     Raises:
-        UserError: neither is there, or the run keeps no such average.
+        UserError: no run there, or one that has not exported its decoder.
     """
-    exported = {_export_facts(path)["ema_decay"]: path for path in sorted(run.glob("export/ema-*.safetensors"))}
+    if run is None:
+        return load_config(config_file, overrides)
+    if config_file is not None:
+        raise UserError("--run together with --config", "one of the two", "a run has its own config; add key=value")
+    config = load_config(_run_config(run), overrides)
+    exported = run / "export/model.pt"
+    params = config.stage_1.params
+    if any(override.startswith(("stage_1.ckpt=", "stage_1.params.pretrained_decoder_path=")) for override in overrides):
+        return config
+    if not exported.is_file():
+        raise UserError(f"{run} has not exported its decoder", f"{exported}", "run its training to the end")
+    params = replace(params, pretrained_decoder_path=str(exported))
+    # The run may have started from another checkpoint, which would win over what it made of it.
+    return replace(config, stage_1=replace(config.stage_1, params=params, ckpt=None))
+
+
+def newest_weights(run: Path, ema: str | None = None) -> Path:
+    """A run's weights: what it exported, or its `checkpoints` folder if that is of a later step.
+
+    Args:
+        run: folder of the run.
+        ema: decay wanted; an average that was not exported can only come from the checkpoints.
+
+    Raises:
+        UserError: neither is there.
+    """
+    exported = [(_export_facts(path), path) for path in sorted(run.glob("export/ema-*.safetensors"))]
     checkpoints = run / "checkpoints"
     latest = checkpoints / "latest"
     step = int(latest.read_text().strip().removeprefix("step-")) if latest.is_file() else -1
-    if ema is not None:
-        return _chosen_average(run, exported, ema, step)
+    for facts, path in exported:
+        if facts["ema_decay"] == ema and facts["step"] >= step:
+            return path
     released = run / "export/stage2_model.pt"
-    export_step = max((_export_facts(path)["step"] for path in exported.values()), default=-1)
-    if released.is_file() and (export_step >= step or step < 0):
+    export_step = max((facts["step"] for facts, _ in exported), default=-1)
+    if ema is None and released.is_file() and (export_step >= step or step < 0):
         return released
     if step < 0:
         raise UserError(
-            f"{run} holds no weights", "export/ or checkpoints/ of a run of tools/train_dit.py", "train first"
+            f"{run} holds no {'weights' if ema is None else f'average {ema}'}",
+            "export/ or checkpoints/ of a run of tools/train_dit.py",
+            "train first",
         )
     return checkpoints
-
-
-def _chosen_average(run: Path, exported: Mapping[str, Path], ema: str, step: int) -> Path:
-    if ema in exported and _export_facts(exported[ema])["step"] >= step:
-        return exported[ema]
-    raise UserError(
-        f"--ema {ema}: {run}/export holds no such average of the newest step",
-        f"one of {', '.join(exported) or 'none: the run has not exported yet'}",
-        "the training command, run again to its end, exports all averages",
-    )
 
 
 def _export_facts(path: Path) -> dict[str, Any]:
@@ -134,8 +154,7 @@ def _with_classes(config: Config) -> Config:
 def _label_rows(path: Path) -> int:
     """Rows of the label table, without reading the rest of the file."""
     if path.is_dir():
-        folder = path / (path / "latest").read_text().strip() if (path / "latest").is_file() else path
-        return int(read_json(folder / "manifest.json")["engines"]["model"]["shapes"][LABEL_TABLE][0])
+        return int(read_json(newest(path) / "manifest.json")["engines"]["model"]["shapes"][LABEL_TABLE][0])
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 

@@ -103,10 +103,12 @@ def test_a_checkpoint_newer_than_the_export_is_taken(trained: Path, tmp_path: Pa
 
 
 def test_any_average_of_a_run_can_be_asked_for(trained: Path) -> None:
-    config = open_source(None, trained, None, ema="0.5")
-    assert equal(weights_of(config), checkpoint_weights(trained / "checkpoints", ema="0.5"))
-    with pytest.raises(UserError, match=r"no such average.*0\.5, 0\.9"):
-        open_source(None, trained, None, ema="0.7")
+    assert open_source(None, trained, None, ema="0.5").stage_2.ckpt == str(trained / "export/ema-0.5.safetensors")
+    config = open_source(None, trained, None, ema="online")
+    model = load_sampler(config, resolve_geometry(config), CPU, ema="online").model
+    assert equal(model.state_dict(), checkpoint_weights(trained / "checkpoints", ema="online"))
+    with pytest.raises(UserError, match=r"no EMA 0\.7"):
+        load_sampler(config, resolve_geometry(config), CPU, ema="0.7")
 
 
 def test_an_export_knows_its_run(trained: Path) -> None:
