@@ -7,12 +7,16 @@
     online      rae_fast with loader.source=online: DALI, encoder in every step
     cached      rae_fast: tools/build_cache.py's store of both views (statistics computed too), then training from it
 
-Every way runs in a process of its own, in turn, round after round, over the same JPEG files with the same model. Images
-are of ImageNet's sizes and cropped to 256 px, so decoding costs what it costs; on a CPU the models are scaled. There,
-width and depth of encoder and DiT shrink together, so that encoding stays the share of a step that it is of DiTDH-S
-(16 % in FLOPs), and a step of the S-like width takes the time beside decoding that it takes on a GPU fed by four worker
-cores: `split_ms` and `flops` in the result say what the proportions were. Time counts from when the models are built;
-memory is the peak of the whole process tree; CPU time too.
+Every way runs in a process of its own, in turn, round after round, over the same JPEG files with the same model. Time
+counts from when the models are built; memory is the peak of the whole process tree; CPU time too.
+
+Images are of ImageNet's sizes and cropped to 256 px, so decoding costs what it costs. On a CPU the models are scaled,
+by two rules that favour no way: encoder and DiT shrink together, so that encoding is the share of training in FLOPs
+that it is of the released sizes (16 % of DiTDH-S, 5 % of DiTDH-XL); and an image's step takes of this CPU's cores four
+times what it is to take of an H200 (2.1 and 7.3 ms of a core for 0.53 and 1.8 ms), since there four DataLoader workers,
+the reference's default, decode beside each GPU. `split_ms_reference` and `flops` in the result say what it came to.
+Two things stay different: on a CPU decoding, encoding and training share the cores and add up, where beside a GPU the
+slowest sets the pace; and the encoder's resize from 256 px weighs more here than on a GPU.
 """
 
 from __future__ import annotations
@@ -52,13 +56,13 @@ from rae_fast.training.stall import Heartbeat
 
 WAYS = ("reference", "online", "cached")
 CLASSES = 8
-# Released DiTDH-S and -XL, and an eighth of their widths with half of the depths and 16 tokens for 256.
+# Released DiTDH-S and -XL, and a tenth of their widths with half of the depths and 16 tokens for 256.
 MODELS = {
-    "cpu": {"S-like": ([48, 256], [6, 1], [6, 16]), "XL-like": ([144, 256], [14, 1], [12, 16])},
+    "cpu": {"S-like": ([36, 192], [6, 1], [3, 12]), "XL-like": ([108, 192], [14, 1], [9, 12])},
     "cuda": {"DiTDH-S": ([384, 2048], [12, 2], [6, 16]), "DiTDH-XL": ([1152, 2048], [28, 2], [16, 16])},
 }
 ENCODERS = {
-    "cpu": {"hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "image_size": 56},
+    "cpu": {"hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "image_size": 56},
     "cuda": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224},
 }
 SPLIT_BATCHES = 8
