@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from rae_fast.errors import UserError
-
-CHUNK = 1024
+from rae_fast.evaluation.pairwise import row_chunks
 
 
 def squared_mmd(samples_ND: np.ndarray, reference_MD: np.ndarray, *, device: torch.device | str = "cpu") -> float:
@@ -42,7 +41,8 @@ def _mean_off_diagonal(x_ND: Tensor) -> float:
 
 
 def _kernel_sum(x_ND: Tensor, y_MD: Tensor) -> float:
-    return sum(float(_kernel(chunk @ y_MD.T, x_ND.shape[1]).sum()) for chunk in x_ND.split(CHUNK))
+    chunks = row_chunks(x_ND, len(y_MD), "MMD")
+    return sum(float(_kernel(rows @ y_MD.T, x_ND.shape[1]).sum()) for _, rows in chunks)
 
 
 def _kernel(product: Tensor, dim: int) -> Tensor:

@@ -103,9 +103,8 @@ def write_outcome(folder: Path, report: Mapping[str, Any], title: str, lead: str
         ],
     )
     page.heading("Made from")
-    for section in ("samples", "made_by", "reference", "evaluators", "versions", "run"):
-        if report.get(section):
-            page.facts(dict(_flat(report[section], f"{section}.")))
+    sections = ("samples", "made_by", "reference", "evaluators", "versions", "run")
+    page.facts(dict(_flat({name: report[name] for name in sections if report.get(name)}, "")))
     write_json(folder / "report.json", report)
     page.save(folder / "report.html")
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rae_fast.errors import UserError
+from rae_fast.evaluation.pairwise import row_chunks, squared_distances
 
 NEIGHBOURS = 3
-CHUNK = 1024
 
 
 def precision_recall(
@@ -49,22 +49,16 @@ def precision_recall(
 def _radii(x_ND: Tensor, neighbours: int) -> Tensor:
     """Squared distance to the k-th nearest other member, [N]."""
     radii = []
-    for start in range(0, len(x_ND), CHUNK):
-        rows = torch.arange(start, min(start + CHUNK, len(x_ND)), device=x_ND.device)
-        distance = squared_distances(x_ND[rows], x_ND)
-        distance[torch.arange(len(rows), device=x_ND.device), rows] = torch.inf
+    for start, rows in row_chunks(x_ND, len(x_ND), "nearest neighbours"):
+        distance = squared_distances(rows, x_ND)
+        own = torch.arange(len(rows), device=x_ND.device)
+        distance[own, start + own] = torch.inf
         radii.append(distance.kthvalue(neighbours, dim=1).values)
     return torch.cat(radii)
 
 
 def _share_inside(points_ND: Tensor, centers_MD: Tensor, radii_M: Tensor) -> float:
     inside = 0
-    for chunk in points_ND.split(CHUNK):
-        inside += int((squared_distances(chunk, centers_MD) <= radii_M).any(dim=1).sum())
+    for _, rows in row_chunks(points_ND, len(centers_MD), "manifolds"):
+        inside += int((squared_distances(rows, centers_MD) <= radii_M).any(dim=1).sum())
     return inside / len(points_ND)
-
-
-def squared_distances(x_ND: Tensor, y_MD: Tensor) -> Tensor:
-    """|x - y|^2 for all pairs, [N, M], at least 0."""
-    squares = x_ND.square().sum(1)[:, None] + y_MD.square().sum(1)[None]
-    return (squares - 2 * (x_ND @ y_MD.T)).clamp_(min=0)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from rae_fast.errors import UserError
-from rae_fast.evaluation import mmd
-from rae_fast.evaluation import precision_recall as prdc
+from rae_fast.evaluation import pairwise
 from rae_fast.evaluation.mmd import squared_mmd
 from rae_fast.evaluation.precision_recall import precision_recall
 
@@ -31,7 +30,7 @@ def by_definition(points: np.ndarray, centers: np.ndarray, k: int) -> float:
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_are_those_of_a_brute_force(chunk: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prdc, "CHUNK", chunk)
+    monkeypatch.setattr(pairwise, "CHUNK", chunk)
     samples, reference = clouds(31, 23)
     expected = by_definition(samples, reference, k), by_definition(reference, samples, k)
     assert precision_recall(samples, reference, neighbours=k) == expected
@@ -60,7 +59,7 @@ def test_too_few_images_are_refused() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 def test_mmd_is_that_of_its_definition(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mmd, "CHUNK", chunk)
+    monkeypatch.setattr(pairwise, "CHUNK", chunk)
     x, y = clouds(11, 9, shift=0.3)
 
     def kernel(a: np.ndarray, b: np.ndarray) -> float:
