@@ -99,8 +99,7 @@ class CachedFeed(LatentLoader):
     def _prepare(self, epoch: int, position: int) -> Iterator[_HostBatch]:
         pinned = self.target.type == "cuda"
         pixels = self.store.planes[PIXELS]
-        for at_epoch, rows in self._batches(epoch, position):
-            which = self.views_of(at_epoch, rows)
+        for at_epoch, rows, which in self._batches(epoch, position):
             stored, scales = self._buffers(pinned)
             self._gather(rows, which, stored, scales)
             images = torch.empty(len(rows), *pixels.row_shape, dtype=torch.uint8, pin_memory=pinned)

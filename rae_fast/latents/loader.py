@@ -27,6 +27,9 @@ from rae_fast.latents.store import LatentStore
 from rae_fast.runtime import Ranks
 
 FLIP_PROBABILITY = 0.5
+# Views are drawn for many batches at once: each of the hundred small operations of a draw gives up the GIL, and beside
+# a busy thread waits up to 5 ms to have it back.
+BATCHES_DRAWN = 64
 
 
 @dataclass(frozen=True)
@@ -132,20 +135,6 @@ class BatchStream:
         if self._producer is not None:
             self._producer.stop()
             self._producer = None
-
-    def _batches(self, epoch: int, position: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, this rank's rows int64 [B]) from a position on, without end; runs in the producer's thread."""
-        step = self.batch_size * self.ranks.world
-        mine = self.ranks.rank * self.batch_size
-        while True:
-            rows = self.order.epoch(epoch)
-            for start in range(position, self.order.length, step):
-                self._passing(epoch, start)
-                yield epoch, rows[start + mine : start + mine + self.batch_size]
-            epoch, position = epoch + 1, 0
-
-    def _passing(self, epoch: int, position: int) -> None:
-        """Called before the batch at `position` is prepared."""
 
     def _prepare(self, epoch: int, position: int) -> Iterator[LatentBatch]:
         """Batches from a position on; runs in the producer's thread."""
@@ -257,7 +246,7 @@ class LatentLoader(BatchStream):
         self.store, self.seed, self.device = store, seed, torch.device(device)
         self.planes = [store.planes[view] for view in store.views]
         self.flip = flip and set(store.views) == {"original", "hflip"}
-        self._labels = torch.from_numpy(store.labels.astype(np.int64))
+        self._labels = store.labels.astype(np.int64)
         self._reader = open_reader(store, reader, verify=verify, in_blocks=shuffle == "block")
         self._ahead = ReadAhead(order, self._prefetch) if shuffle == "block" else None
 
@@ -268,24 +257,36 @@ class LatentLoader(BatchStream):
         u_B = rng.uniform(self.seed, epoch, torch.from_numpy(rows), rng.Stream.VIEW)
         return (u_B < FLIP_PROBABILITY).numpy().astype(np.int64)
 
-    def _passing(self, epoch: int, position: int) -> None:
-        if self._ahead is not None:
-            self._ahead.reach(epoch, position)
+    def _batches(self, epoch: int, position: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(epoch, this rank's rows int64 [B], their views int64 [B]) from a position on, without end."""
+        step = self.batch_size * self.ranks.world
+        mine = slice(self.ranks.rank * self.batch_size, (self.ranks.rank + 1) * self.batch_size)
+        while True:
+            order_E = self.order.epoch(epoch)
+            for first in range(position, self.order.length, step * BATCHES_DRAWN):
+                several = order_E[first : first + step * BATCHES_DRAWN].reshape(-1, step)[:, mine]
+                which = self.views_of(epoch, several.reshape(-1)).reshape(several.shape)
+                for number, rows in enumerate(several):
+                    if self._ahead is not None:
+                        self._ahead.reach(epoch, first + number * step)
+                    yield epoch, rows, which[number]
+            epoch, position = epoch + 1, 0
 
     def _prepare(self, epoch: int, position: int) -> Iterator[Any]:
         ring = _Ring(self) if self.device.type == "cuda" else None
-        for at_epoch, rows in self._batches(epoch, position):
-            which = self.views_of(at_epoch, rows)
-            index_B = torch.from_numpy(rows)
-            labels_B = self._labels[index_B]
+        stored, scales = (None, None) if ring is not None else self._buffers(pinned=False)
+        for at_epoch, rows, which in self._batches(epoch, position):
+            index_B, labels_B = torch.from_numpy(rows), torch.from_numpy(self._labels[rows])
             if ring is not None:
                 yield ring.load(rows, which, labels_B, at_epoch)
                 continue
-            stored, scales = self._buffers(pinned=False)
+            assert stored is not None
             self._gather(rows, which, stored, scales)
             if self.device.type == "xla":
                 yield _OnHost(self, stored, scales, labels_B, index_B, at_epoch)
+                stored, scales = self._buffers(pinned=False)  # the caller's thread still has the others to copy
                 continue
+            # Decoding copies, so that the buffer is free again.
             yield LatentBatch(self.store.codec.decode(stored, scales), labels_B, index_B, at_epoch)
 
     def _prefetch(self, epoch: int, rows: np.ndarray) -> None:

@@ -74,6 +74,7 @@ class NativeReader:
         self._shards = {name: np.full(shards, -1, np.int64) for name in store.planes}  # address or descriptor
         self._scales = {name: np.full(shards, -1, np.int64) for name in store.planes}
         self._crcs = {name: store.crcs(plane) for name, plane in store.planes.items()} if verify else {}
+        self._touched = {name: np.zeros(store.n if self.mode == "mapped" else 0, bool) for name in store.planes}
         self._maps: list[tuple[mmap.mmap, np.ndarray]] = []
         self._files: list[int] = []
         allow_many_files()
@@ -86,10 +87,14 @@ class NativeReader:
         compressed = planes[0].compressed
         file, offset, size, crc = (np.zeros(len(rows), dtype) for dtype in ("i8", "i8", "i8", "u4"))
         scale_file, scale_offset = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        fresh = np.zeros(len(rows), bool)
         for number, plane in enumerate(planes):
             mine = np.flatnonzero(which == number)
             if len(mine):
                 self._locate(plane, rows[mine], mine, file, offset, size)
+                if self.mode == "mapped":
+                    fresh[mine] = ~self._touched[plane.name][rows[mine]]
+                    self._touched[plane.name][rows[mine]] = True
                 if self.verify:
                     crc[mine] = self._crcs[plane.name][rows[mine]]
                 if scales is not None:
@@ -97,7 +102,7 @@ class NativeReader:
         target = aligned_empty((len(rows), int(size.max(initial=0))), np.uint8) if compressed else out
         problem = np.zeros(1, np.int32)
         bad = self._library.rae_gather(
-            len(rows), MODES[self.mode], self.threads, self.verify, self.mode == "mapped",
+            len(rows), MODES[self.mode], self.threads, self.verify, fresh.ctypes.data,
             file.ctypes.data, offset.ctypes.data, size.ctypes.data, crc.ctypes.data,
             target.ctypes.data, target.strides[0] if len(rows) else 0,
             scale_file.ctypes.data, scale_offset.ctypes.data, 0 if scales is None else planes[0].scale_bytes,

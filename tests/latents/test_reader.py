@@ -135,7 +135,7 @@ def test_without_a_compiler_reading_goes_on_in_python(
         gather_library.cache_clear()
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 4095, 6143, 6144, 6145, 24576, 100_001])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 4095, 6143, 6144, 6145, 24575, 24576, 24577, 30_720, 100_001])
 def test_native_checksum_is_crc32c(size: int) -> None:
     data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
     whole = gather_library().rae_crc32c(data.ctypes.data, size, 0)
