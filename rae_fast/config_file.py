@@ -18,6 +18,7 @@ from yaml import YAMLError
 import rae_fast.config
 from rae_fast.config import CHOICES, DIT_PARAMS, Config, GuidanceModel, Stage2
 from rae_fast.errors import UserError, nearest
+from rae_fast.shipped import shipped
 
 # Spellings of older official files, by section: old key -> where its value goes now.
 LEGACY_TRAINING = {
@@ -64,7 +65,7 @@ def to_yaml(config: Config) -> str:
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(shipped(path))
     except FileNotFoundError as error:
         raise UserError(f"config file {path} does not exist", "a YAML file", "see configs/ for examples") from error
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:

@@ -59,7 +59,7 @@ def test_kernels_folder_is_no_package() -> None:
 
 def test_every_package_on_disk_is_listed_for_installation() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    on_disk = {"rae_kernels"}
+    on_disk = {"rae_kernels", "rae_fast.configs", "rae_fast.tools"}
     for init in (ROOT / "rae_fast").rglob("__init__.py"):
         on_disk.add(".".join(init.parent.relative_to(ROOT).parts))
     assert listed == on_disk

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from rae_fast.errors import UserError
 from rae_fast.patches import sincos_table, unpatchify
 from rae_fast.provenance import read_json
+from rae_fast.shipped import shipped
 from rae_fast.weights import load_strictly, read_weights_file, select_weights
 
 # (width, layers, heads, feed-forward width) of the decoders that the reference trains.
@@ -69,7 +70,7 @@ def load_decoder_config(path: str | Path) -> DecoderConfig:
     Raises:
         UserError: neither a file nor a known size, or an entry that is not a number.
     """
-    path = Path(path)
+    path = shipped(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         if path.name in SIZES:

@@ -14,6 +14,7 @@ import torch
 from rae_fast.config import Config
 from rae_fast.errors import UserError
 from rae_fast.runtime import SUPERVISOR, pick_device
+from rae_fast.shipped import shipped
 
 CPU_RANKS = 2
 
@@ -28,7 +29,7 @@ def launch_training(tool: str, config_file: Path, overrides: Sequence[str], conf
     ranks = min(CPU_RANKS, len(os.sched_getaffinity(0))) if on_cpu else torch.cuda.device_count()
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
     command += ["--master_port", str(_free_port()), "--log_level", "warning"]
-    command += [tool, "--config", str(config_file), *overrides]
+    command += [str(shipped(tool)), "--config", str(config_file), *overrides]
     environment = {**os.environ, SUPERVISOR: str(os.getpid())}
     # The launcher finds `python` and ninja on the path of the environment that it was installed into.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
