@@ -24,6 +24,7 @@ class Stage1Params:
     decoder_patch_size: int = 16  # side of a decoded patch, pixels
     pretrained_decoder_path: str | None = None  # weights of the decoder, as released (`model.pt`) or safetensors
     noise_tau: float = 0.8  # latent noise in decoder training: z + tau * u * n
+    train_positions: bool = True  # of the decoder, as the reference does; diffusers can hold only untrained ones
     reshape_to_2d: bool = True  # latents as [C, H, W]; false: as tokens
     normalization_stat_path: str | None = None  # stat.pt with `mean`, `var`; None: not normalized
     eps: float = 1e-5  # added to var

@@ -23,8 +23,8 @@ from rae_fast.training.batching import BatchPlan, ema_decays
 from rae_fast.training.engine import Engine, compile_blocks
 from rae_fast.training.schedule import build_schedule
 
-# A discriminator of a few million parameters: float32 throughout, its states cut over ranks at most.
-DISCRIMINATOR_DEEPSPEED = {"zero_optimization": {"stage": 1}}
+# A few million parameters: float32 throughout, and not worth cutting over ranks.
+DISCRIMINATOR_DEEPSPEED = {"zero_optimization": {"stage": 0}}
 
 
 @dataclass
@@ -124,15 +124,14 @@ def build_players(
 
 
 def build_trainable(config: Config, device: torch.device) -> RAE:
-    """The decoder with seeded or given weights, every parameter trainable, its position table included as in the
-    reference; latents come to it before normalization.
-    """
+    """The decoder with seeded or given weights, trainable; latents come to it before normalization."""
     stage_1 = replace(config.stage_1, params=replace(config.stage_1.params, normalization_stat_path=None))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.global_seed)
         rae = build_rae(stage_1, need_encoder=False)
     assert rae.decoder is not None
     rae.decoder.requires_grad_(True)
+    rae.decoder.decoder_pos_embed.requires_grad_(config.stage_1.params.train_positions)
     rae.decoder.activation_checkpointing = config.runtime.activation_checkpointing
     return rae.to(device)
 

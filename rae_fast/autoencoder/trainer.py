@@ -5,7 +5,7 @@
     runs/<name>/eval.jsonl                       held-out PSNR, SSIM (LPIPS, rFID) of EMA and online weights
     runs/<name>/samples/step-0000500.png         held-out originals, reconstructions, differences
     runs/<name>/checkpoints/                     exact state of both players
-    runs/<name>/export/                          decoder with EMA weights: model.pt (released layout), safetensors
+    runs/<name>/export/                          EMA weights as model.pt (released layout) and safetensors; stage_1.yaml
 
 The same command resumes. At equal global batch any number of ranks sees the same samples, crops and noise.
 """
@@ -13,7 +13,7 @@ The same command resumes. At equal global batch any number of ranks sees the sam
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rae_fast.config import Config
 from rae_fast.errors import UserError
 from rae_fast.geometry import resolve_geometry
 from rae_fast.interop.official import save_weights
+from rae_fast.provenance import write_json
 from rae_fast.runtime import Ranks, init_distributed, pick_device
 from rae_fast.training.batching import checkpoint_interval, count_steps, plan_batches
 from rae_fast.training.checkpoint import Checkpointer
@@ -260,13 +261,18 @@ class DecoderRun:
         return {**facts, "export": str(export) if finished else None, **self.last_evaluation}
 
     def export(self, path: Path) -> None:
-        """The EMA weights (online ones without an EMA) as a bare state dict and as safetensors; collective."""
+        """The EMA weights (online ones without an EMA) as a bare state dict and as safetensors, with a config of the
+        autoencoder that they complete; collective.
+        """
         keep = self.ranks.is_main
         generator = self.generator
         weights = generator.ema_weights(keep=keep) if generator.ema.labels else generator.weights(keep=keep)
         if keep:
             save_weights(path, weights)
             save_weights(path.with_suffix(".safetensors"), weights)
+            params = replace(self.config.stage_1.params, pretrained_decoder_path=str(path))
+            # JSON is YAML.
+            write_json(path.with_name("stage_1.yaml"), {"stage_1": {"params": asdict(params)}})
 
     def close(self) -> None:
         """Stop the data's threads and give the engines' memory back."""

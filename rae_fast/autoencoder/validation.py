@@ -185,7 +185,8 @@ def _on_device(lpips: Lpips, device: torch.device) -> Distance:
 
 
 def _features(config: Config, device: torch.device) -> Features:
-    from rae_fast.evaluation.features import FEATURES, build_extractor
+    from rae_fast.evaluation.extractor import FEATURES
+    from rae_fast.evaluation.features import build_extractor
 
     extractor = build_extractor(config.eval.features, config, device)
     return lambda images_B3SS: extractor(images_B3SS)[FEATURES]

@@ -207,8 +207,9 @@ class Engine:
         gradients = list(self.shards.gradients())
         # Held whole by every rank: one of them counts.
         if gradients and (self.ranks.is_main or not self.shards.replicated):
-            norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
-            squares += torch.stack(norms).double().square().sum()
+            # In float64: the clipping factor must not depend on how ZeRO cuts the gradients.
+            norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float64)
+            squares += torch.stack(norms).square().sum()
         sums = torch.stack(
             [
                 self._loss / self.ranks.world,

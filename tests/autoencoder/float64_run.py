@@ -1,4 +1,4 @@
-"""Decoder training in float64 on any number of ranks: what is left of a difference there is not rounding.
+"""Decoder training in float64 on any number of ranks: what differs there does not come from rounding.
 
     python float64_run.py FIGURES.json key=value ...
 
@@ -36,8 +36,6 @@ def main(target: Path, overrides: list[str], ranks: Ranks) -> None:
     for name in ("build_trainable", "build_backbone", "build_heads"):
         setattr(assembly, name, in_float64(getattr(assembly, name)))
     assembly.LatentEncoder = Float64Encoder
-    norm = torch._foreach_norm
-    torch._foreach_norm = lambda tensors, order, dtype: norm(tensors, order)  # the engine asks for float32
     config = load_config(None, overrides)
     device = torch.device("cpu")
     init_distributed(ranks, device)
@@ -47,7 +45,9 @@ def main(target: Path, overrides: list[str], ranks: Ranks) -> None:
         group = []
         for _ in range(run.batches.accumulation):
             batch = next(run.feed)
-            group.append(DecoderBatch(batch.tokens_BNC.double(), batch.images_B3SS.double(), batch.index_B, batch.epoch))
+            group.append(
+                DecoderBatch(batch.tokens_BNC.double(), batch.images_B3SS.double(), batch.index_B, batch.epoch)
+            )
         figures = run.players.update(group, number, run.players.starts.phase(number))
         lines.append(dict(zip(step.FIGURES, figures.tolist(), strict=True)))
     assert all(master.dtype == torch.float64 for master in run.generator.shards.masters)

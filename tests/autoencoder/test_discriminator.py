@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from rae_fast.autoencoder.discriminator import (
+    RECIPES,
     DinoBackbone,
     DinoRecipe,
     SpectralConv1d,
     build_backbone,
     build_heads,
+    load_backbone_weights,
 )
 from rae_fast.config import DiscriminatorArch
 from rae_fast.errors import UserError
@@ -68,6 +72,53 @@ def test_positions_of_another_grid_are_interpolated(tmp_path: Path, images: torc
     assert backbone.pos_embed.shape == (1, 65, 32)
     assert torch.equal(backbone.pos_embed[:, 0], weights["pos_embed"][:, 0])
     assert backbone(images)[0].shape == (4, 32, 64)  # images of 32 pixels are resized to the recipe's 64
+
+
+def test_images_of_512_pixels_are_judged_at_the_backbone_s_size() -> None:
+    arch = DiscriminatorArch(recipe={**SIZES, "depth": 1, "patch_size": 16, "image_size": 224}, key_depths=[0], ks=9)
+    backbone = build_backbone(arch)
+    heads = build_heads(arch, backbone)
+    x = (torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1).requires_grad_()
+    logits = heads(backbone(x))
+    assert logits.shape == (1, 2 * 14 * 14)
+    small = F.interpolate(x, size=(224, 224), mode="bilinear", align_corners=False)
+    assert torch.equal(backbone(x)[0], backbone(small)[0])
+    (grad,) = torch.autograd.grad(logits.sum(), x)
+    assert bool(grad.isfinite().all()) and grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_timm_s_dino_vits_fit_their_recipes(name: str) -> None:
+    recipe, timm_name = RECIPES[name]
+    with torch.device("meta"):
+        theirs = timm.create_model(timm_name, pretrained=False, num_classes=0).state_dict()
+        ours = DinoBackbone(recipe, [2, 5, 8, 11]).state_dict()
+    assert {key: tensor.shape for key, tensor in ours.items()} == {key: theirs[key].shape for key in ours}
+
+
+def test_backbone_computes_what_timm_s_dino_computes() -> None:
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32}
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_small_patch8_224", num_classes=0, act_layer="gelu_tanh", **sizes).eval()
+    ours = DinoBackbone(DinoRecipe(**SIZES), [0])
+    load_backbone_weights(ours, theirs.state_dict(), "timm")
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    normalized = ((x + 1) / 2 - ours.mean) / ours.std
+    with torch.no_grad():
+        wanted = theirs.forward_intermediates(normalized, [0, 1], output_fmt="NLC", intermediates_only=True)
+    for found, theirs_BLC in zip(ours(x), reversed(wanted), strict=True):
+        assert torch.allclose(found, theirs_BLC.transpose(1, 2), atol=1e-5)
+
+
+def test_weights_that_timm_cannot_fetch_are_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str, **_: object) -> None:
+        raise LocalEntryNotFoundError("no route to host\nand a long story")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError) as caught:
+        build_backbone(DiscriminatorArch(recipe="S_8"))
+    assert all(word in str(caught.value) for word in ("vit_small_patch8_224.dino", "no route", "dino_ckpt_path"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
