@@ -97,19 +97,14 @@ PARTS: dict[int, tuple[str, tuple[Step, ...]]] = {
         ),
     ),
     7: (
-        "the other tests marked gpu; decoding, encoding",
+        "the other tests marked gpu; decoding",
         (
             Step("other tests", "-m pytest -m gpu tests --ignore tests/kernels", ("pytest", *PACKAGES), 200),
             Step("decode", "benchmarks/decode.py --device cuda --out {results}/decode-cuda.json", (DALI,), 130),
-            Step(
-                "encode",
-                "benchmarks/encode.py --device cuda --out {results}/encode-cuda.json",
-                ("omegaconf", DALI, "zarr"),
-            ),
         ),
     ),
     8: (
-        "decoder training, sampling, whole epochs",
+        "decoder training, whole epochs",
         (
             Step(
                 "decoder step",
@@ -118,7 +113,6 @@ PARTS: dict[int, tuple[str, tuple[Step, ...]]] = {
                 ("omegaconf",),
                 200,
             ),
-            Step("sampling", "benchmarks/sampling.py --out {results}/sampling-cuda.json", ("omegaconf",), 130),
             Step(
                 "end to end",
                 "benchmarks/end_to_end.py --device cuda --images 2048 --epochs 2 --rounds 1 "

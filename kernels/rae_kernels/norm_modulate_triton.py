@@ -100,7 +100,7 @@ def forward_kernel(
             square = tl.sum(value * value)
             if TAIL:
                 square += tl.sum(value_t * value_t)
-            inverse = 1.0 / tl.sqrt(square / C + EPS)
+            inverse = tl.rsqrt(square / C + EPS)
             tl.store(rstd + row, inverse)
             scale_row = scale + sample * scale_sample + token * scale_token
             shift_row = shift + sample * shift_sample + token * shift_token

@@ -99,19 +99,22 @@ def write(path: Path, entries: Mapping[Key, Config]) -> None:
 def fastest(candidates: Iterable[Config], seconds: Callable[[Config], float]) -> tuple[Config, dict[str, float]]:
     """The configuration that `seconds` times lowest, and all times by configuration.
 
-    A candidate that does not fit the GPU (it asks for more shared memory or registers than there are) is left out.
+    A candidate that does not fit the GPU (it asks for more shared memory or registers than there are), or that this
+    version of Triton cannot compile, is left out.
 
     Raises:
         ValueError: no candidate runs.
     """
-    from triton.runtime.errors import OutOfResources
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     times: dict[str, tuple[float, Config]] = {}
     refused = []
     for config in candidates:
         try:
             times[json.dumps(config, sort_keys=True)] = (seconds(config), config)
-        except OutOfResources as error:
+        # A pass of the compiler that fails says so by a bare RuntimeError.
+        except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:
             refused.append(f"{config}: {error}")
     if not times:
         raise ValueError(f"no candidate runs on this GPU: {'; '.join(refused)}")

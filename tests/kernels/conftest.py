@@ -18,7 +18,7 @@ import pytest
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 REPORT_VARIABLE = "RAE_KERNELS_TEST_REPORT"
-CHILD_TIMEOUT_S = 280
+CHILD_TIMEOUT_S = 900
 
 
 class Child:
@@ -91,6 +91,13 @@ REPORTS: dict[str, list[str]] = {}
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreter: runs Triton kernels in its interpreter, in a child process")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # The first of them waits for all of them.
+        if item.get_closest_marker("interpreter") and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(CHILD_TIMEOUT_S + 60))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

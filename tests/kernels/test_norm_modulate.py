@@ -78,10 +78,12 @@ def check(
     fast = results(terms, layer_norm=layer_norm, dtype=dtype, run=run_registered)
     again = results(terms, layer_norm=layer_norm, dtype=dtype, run=run_registered)
     assert fast.keys() == exact.keys()
+    # A GPU's reciprocal square root is good to 2 units in the last place.
+    slack = 1e-7 if device == "cpu" else 3e-7
     for name, value in fast.items():
         error = relative_error(value, exact[name])
         assert error <= TOLERANCE[dtype], f"{name}: {error}"
-        assert error <= 2 * relative_error(eager[name], exact[name]) + 1e-7, f"{name}: {error}"
+        assert error <= 2 * relative_error(eager[name], exact[name]) + slack, f"{name}: {error}"
         assert torch.equal(value, again[name]), name
 
 
