@@ -340,14 +340,18 @@ class SpectralConv1d(nn.Module):
         self.register_buffer("weight_v", F.normalize(torch.randn(inputs * kernel_size), dim=0, eps=1e-12))
 
     def forward(self, x_BCL: Tensor) -> Tensor:
-        matrix = self.weight_orig.flatten(1)
-        if self.training:
-            with torch.no_grad():
-                self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12))
-                self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
-        # clones: the next forward overwrites the buffers while this one's backward still needs them
-        sigma = torch.dot(self.weight_u.clone(), matrix @ self.weight_v.clone())
-        return _circular_conv(x_BCL, self.weight_orig / sigma, self.bias, self.padding)
+        return _circular_conv(x_BCL, self.weight_orig / self._sigma(), self.bias, self.padding)
+
+    def _sigma(self) -> Tensor:
+        """The largest singular value as far as the power iterations know it; in float32 under any autocast."""
+        with torch.autocast(self.weight_orig.device.type, enabled=False):
+            matrix = self.weight_orig.flatten(1)
+            if self.training:
+                with torch.no_grad():
+                    self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12))
+                    self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
+            # clones: the next forward overwrites the buffers while this one's backward still needs them
+            return torch.dot(self.weight_u.clone(), matrix @ self.weight_v.clone())
 
 
 def _conv(inputs: int, outputs: int, kernel_size: int, spectral_norm: bool) -> nn.Module:

@@ -108,6 +108,16 @@ def test_positions_stay_where_diffusers_has_them_if_asked(decoder_config: MakeCo
     assert weights["trainable_cls_token"].abs().max() > 0
 
 
+def test_bfloat16_trains_both_players(trained: tuple[Path, dict], decoder_config: MakeConfig, tmp_path: Path) -> None:
+    settings = ("training.max_steps=8", "runtime.precision=bf16", "eval.num_images=4")
+    train_decoder(decoder_config(tmp_path / "run", *settings))
+    exact, rough = (read_log(folder / "log.jsonl")[:4] for folder in (trained[0], tmp_path / "run"))
+    for ours, theirs in zip(rough, exact, strict=True):
+        assert ours["skipped"] == 0 and ours["l1"] == pytest.approx(theirs["l1"], rel=0.1)
+    assert rough[-1]["disc_loss"] == pytest.approx(exact[-1]["disc_loss"], rel=0.2)
+    assert rough[-1]["adaptive_weight"] > 0
+
+
 def test_stopped_run_resumes_to_the_same_bytes(decoder_config: MakeConfig, tmp_path: Path) -> None:
     settings = ("training.max_steps=12", "eval.eval_interval=4", "training.checkpoint_every=3")
     train_decoder(decoder_config(tmp_path / "whole", *settings))

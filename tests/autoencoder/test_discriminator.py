@@ -185,6 +185,21 @@ def test_power_iteration_finds_the_largest_singular_value() -> None:
     assert torch.equal(conv.weight_u, before)  # evaluation leaves the estimate alone
 
 
+def test_power_iteration_is_in_float32_under_autocast(images: torch.Tensor) -> None:
+    backbone = build_backbone(ARCH)
+    exact, rough = build_heads(ARCH, backbone, seed=1), build_heads(ARCH, backbone, seed=1)
+    activations = backbone(images)
+    expected = exact(activations)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = rough(activations)
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, expected, atol=0.1) and not torch.equal(logits, expected)
+    buffers = dict(rough.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in exact.named_buffers())
+    logits.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in rough.parameters())
+
+
 def test_patch_embedding_as_a_product_is_the_convolution() -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 3, 24, 16), torch.randn(5, 3, 8, 8), torch.randn(5)
