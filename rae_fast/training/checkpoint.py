@@ -28,13 +28,22 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rae_fast.errors import UserError
-from rae_fast.provenance import atomic_write, sha256_file, versions, write_json
+from rae_fast.provenance import atomic_write, read_json, sha256_file, versions, write_json
 from rae_fast.runtime import Ranks
 from rae_fast.training.engine import Engine
-from rae_fast.training.restore import FORMAT, PREFIX, agree, find_damage, load_into, name_of, stem_of
+from rae_fast.training.restore import (
+    FORMAT,
+    PREFIX,
+    agree,
+    check_same_shapes,
+    find_damage,
+    load_into,
+    name_of,
+    stem_of,
+)
 from rae_fast.training.shards import Segment
 
 COMMIT_TIMEOUT_S = 3600.0
@@ -171,6 +180,24 @@ class Checkpointer:
         """Steps of the checkpoints on disk, ascending, whether whole or not."""
         names = [path.name.removeprefix(PREFIX) for path in self.folder.glob(f"{PREFIX}*")]
         return sorted(int(name) for name in names if name.isdigit())
+
+    def check_model(self, name: str, module: nn.Module) -> None:
+        """Refuse a module that the newest checkpoint does not fit, before an engine takes memory for it.
+
+        What cannot be read is left to `restore`, which falls back.
+
+        Raises:
+            UserError: trained parameters have other names or shapes.
+        """
+        steps = self.steps()
+        if not steps:
+            return
+        path = self.folder / name_of(steps[-1])
+        try:
+            saved = read_json(path / "manifest.json")["engines"][name]["shapes"]
+        except (UserError, KeyError, TypeError):
+            return
+        check_same_shapes(path, saved, {n: p.shape for n, p in module.named_parameters() if p.requires_grad})
 
     def restore(self, engines: Mapping[str, Engine]) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into the engines; a damaged one is named and passed over. Collective.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rae_fast import rng
+from rae_fast.autoencoder.rae import RAE
 from rae_fast.config import Config
 from rae_fast.dit.fused import prepare_kernels
 from rae_fast.errors import UserError
@@ -131,6 +132,7 @@ class DiTRun:
         )
         self.checkpoint_every = checkpoint_interval(training, self.steps_per_epoch)
         self.model = build_model(config, geometry)
+        self.checkpoints.check_model("model", self.model)
         if config.stage_2.ckpt is not None and not self.checkpoints.steps():
             load_pretrained(self.model, config.stage_2.ckpt, say=ranks.is_main)
         self.engine = self._build_engine()
@@ -141,8 +143,9 @@ class DiTRun:
         if state is not None:
             self.monitor.load_state(state["monitor"])
         self.saved_step = self.engine.steps if state is not None else -1
-        self.previews = self._build_previews(data.store)
-        self.evaluation = self._build_evaluation(data.store)
+        rae = self._build_decoder(data.store)
+        self.previews = self._build_previews(rae)
+        self.evaluation = self._build_evaluation(data.store, rae)
         self._bands = torch.tensor(BANDS[1:-1], device=device)
 
     # --- parts ------------------------------------------------------------------------------------------------------
@@ -231,22 +234,36 @@ class DiTRun:
         known = self.ranks.is_main and peak_flops(self.device) is not None
         return training_flops(self.config, self.geometry) if known else None
 
-    def _build_previews(self, store: LatentStore | None) -> Previews | None:
-        if not self.config.training.sample_every:
+    def _build_decoder(self, store: LatentStore | None) -> RAE | None:
+        """For sample grids and features of pixels, where the config asks for them and names a decoder."""
+        wanted = self.config.training.sample_every or (
+            self.config.eval.eval_interval and self.config.eval.reference_npz_path
+        )
+        if not wanted:
             return None
         if not has_decoder(self.config):
             if self.ranks.is_main:
-                print("no stage_1.params.pretrained_decoder_path: training without sample grids", flush=True)
+                print("no stage_1.params.pretrained_decoder_path: training without sample grids and FID", flush=True)
             return None
-        rae = decoder_of(self.config, store, self.device)
+        return decoder_of(self.config, store, self.device)
+
+    def _build_previews(self, rae: RAE | None) -> Previews | None:
+        if not self.config.training.sample_every or rae is None:
+            return None
         return Previews(self.config, self.geometry, rae, self.folder)
 
-    def _build_evaluation(self, store: LatentStore | None) -> OnlineEvaluation | None:
-        if not self.config.eval.eval_interval or store is None:
+    def _build_evaluation(self, store: LatentStore | None, rae: RAE | None) -> OnlineEvaluation | None:
+        if not self.config.eval.eval_interval:
             return None
-        return OnlineEvaluation(
-            self.config, self.geometry, store, self.folder, self.ranks, self.device, self.engine.steps
+        start = self.engine.steps
+        evaluation = OnlineEvaluation(
+            self.config, self.geometry, store, self.folder, self.ranks, self.device, start, rae=rae
         )
+        if evaluation.measures:
+            return evaluation
+        if self.ranks.is_main:
+            print("neither a store nor eval.reference_npz_path and a decoder: training without evaluation", flush=True)
+        return None
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -336,9 +353,9 @@ class DiTRun:
             heartbeat.enter("evaluation")
             for line in self.evaluation.evaluate(self.engine, step, step * self.batches.global_batch):
                 if self.monitor.sink is not None:
-                    self.monitor.sink.log(
-                        {f"eval/{line['weights']}/fd_latent": line["fd_latent"], "images": line["images"]}
-                    )
+                    names = [measure.name for measure in self.evaluation.measures]
+                    distances = {f"eval/{line['weights']}/{name}": line[name] for name in names}
+                    self.monitor.sink.log({**distances, "images": line["images"]})
         if self.checkpoint_every and step % self.checkpoint_every == 0:
             heartbeat.enter("checkpoint")
             self.save()

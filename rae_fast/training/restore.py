@@ -148,15 +148,7 @@ def check_same_model(path: Path, name: str, saved: Mapping[str, Any] | None, eng
     """Refuse a checkpoint of another model, of another optimizer or with other EMA decays."""
     if saved is None:
         raise UserError(f"checkpoint {path} holds no {name!r}", "a checkpoint of this kind of training")
-    shapes = {key: list(shape) for key, shape in engine.shards.shapes.items()}
-    for key in sorted(set(shapes) | set(saved["shapes"])):
-        here, there = shapes.get(key), saved["shapes"].get(key)
-        if here != there:
-            raise UserError(
-                f"checkpoint {path}: {key} has shape {there or 'none: it is absent'}",
-                f"{here or 'no such parameter'}, as the config's model has",
-                "use the config that wrote it, or another run folder",
-            )
+    check_same_shapes(path, saved["shapes"], engine.shards.shapes)
     optimizer = saved.get("optimizer", "adamw")
     if optimizer != engine.optimizer_type:
         raise UserError(
@@ -172,6 +164,24 @@ def check_same_model(path: Path, name: str, saved: Mapping[str, Any] | None, eng
             f"{', '.join(averages[1]) or 'none'} as in training.ema_decay",
             "set training.ema_decay as it was, or use another run folder",
         )
+
+
+def check_same_shapes(path: Path, saved: Mapping[str, Sequence[int]], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a checkpoint whose trained parameters have other names or shapes.
+
+    Args:
+        path: of the checkpoint.
+        saved: shapes by name, of its manifest.
+        shapes: of the model at hand.
+    """
+    for key in sorted(set(shapes) | set(saved)):
+        here, there = (list(given[key]) if key in given else None for given in (shapes, saved))
+        if here != there:
+            raise UserError(
+                f"checkpoint {path}: {key} has shape {there or 'none: it is absent'}",
+                f"{here or 'no such parameter'}, as the config's model has",
+                "use the config that wrote it, or another run folder",
+            )
 
 
 def agree(value: Any, ranks: Ranks) -> Any:

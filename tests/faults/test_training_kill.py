@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +23,7 @@ from rae_fast.training.monitor import read_log
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 60
 KILLS, SOAK_STEPS = 20, 260
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 900.0  # of a machine with much else to do
 
 
 def load_tiny_run() -> ModuleType:
@@ -78,17 +78,19 @@ class LaunchedRun(Run):
     Args:
         folder: holds config and run folder.
         data: encoder and latent store.
-        launcher: "python", or "deepspeed" for two ranks.
+        launcher: "python", "deepspeed" for two ranks, or a command that starts ranks with its arguments.
         overrides: key=value.
     """
 
-    def __init__(self, folder: Path, data: tuple[Path, Path], launcher: str, *overrides: str) -> None:
+    def __init__(self, folder: Path, data: tuple[Path, Path], launcher: str | Sequence[str], *overrides: str) -> None:
         super().__init__(folder)
         tool = [str(REPOSITORY / "tools/train_dit.py"), *tiny_run.write_config(folder, *data), *OVERRIDES, *overrides]
-        command = [sys.executable, *tool]
-        if launcher == "deepspeed":
-            start = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
-            command = [*start, "--master_port", str(free_port()), *tool]
+        if launcher == "python":
+            launcher = (sys.executable,)
+        elif launcher == "deepspeed":
+            launcher = ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()))
+        executable = Path(sys.executable).with_name(Path(launcher[0]).name)
+        command = [str(executable), *launcher[1:], *tool]
         with self.output.open("a") as output:
             self.process = subprocess.Popen(command, env=environment(), stdout=output, stderr=subprocess.STDOUT)
 
@@ -104,7 +106,7 @@ class LaunchedRun(Run):
 
     def finish(self) -> int:
         """Wait for the end; the exit status."""
-        return self.process.wait(timeout=400)
+        return self.process.wait(timeout=START_TIMEOUT_S)
 
 
 class Forker:
@@ -179,6 +181,21 @@ def data(tiny_encoder: Path, pristine_store: Path) -> tuple[Path, Path]:
     return tiny_encoder, pristine_store
 
 
+@pytest.fixture
+def launch(data: tuple[Path, Path]) -> Iterator[Callable[..., LaunchedRun]]:
+    """`launch(folder, launcher, "key=value", ...)` starts a run; what is left of it at the end is killed."""
+    started = []
+
+    def make(folder: Path, launcher: str | Sequence[str], *overrides: str) -> LaunchedRun:
+        started.append(LaunchedRun(folder, data, launcher, *overrides))
+        return started[-1]
+
+    yield make
+    for run in started:
+        if run.alive():
+            run.kill()
+
+
 def undisturbed_here(folder: Path, data: tuple[Path, Path], *overrides: str) -> Path:
     """The log of the same run on one rank in this process."""
     folder.mkdir()
@@ -186,27 +203,28 @@ def undisturbed_here(folder: Path, data: tuple[Path, Path], *overrides: str) -> 
     return folder / "run/log.jsonl"
 
 
-def test_killed_at_random_steps_leaves_the_loss_file_of_the_undisturbed_run(data, tmp_path):
+def test_killed_at_random_steps_leaves_the_loss_file_of_the_undisturbed_run(data, launch, tmp_path):
     (tmp_path / "b").mkdir()
     expected = undisturbed_here(tmp_path / "a", data, "runtime.engine=ddp")
     chance = random.Random(5)
     for kill in range(2):
-        run = LaunchedRun(tmp_path / "b", data, "python", "runtime.engine=ddp")
+        run = launch(tmp_path / "b", "python", "runtime.engine=ddp")
         if run.wait_for_step(chance.randrange(10 + 20 * kill, 25 + 20 * kill)):
             run.kill()
-    run = LaunchedRun(tmp_path / "b", data, "python", "runtime.engine=ddp")
+    run = launch(tmp_path / "b", "python", "runtime.engine=ddp")
     assert run.finish() == 0, run.text()
     assert run.log.read_bytes() == expected.read_bytes()
 
 
-@pytest.mark.timeout(900)  # three starts of the launcher
-def test_two_ranks_of_the_deepspeed_launcher_survive_a_kill_and_a_signal(data, tmp_path):
+@pytest.mark.timeout(900)  # three starts
+def test_two_ranks_of_the_deepspeed_launcher_survive_a_kill_and_a_signal(data, launch, tmp_path):
     (tmp_path / "b").mkdir()
-    expected = read_log(undisturbed_here(tmp_path / "a", data))
-    run = LaunchedRun(tmp_path / "b", data, "deepspeed")
+    evaluate = ("eval.eval_interval=5", "eval.num_images=12", "sampler.params.num_steps=2")
+    expected = read_log(undisturbed_here(tmp_path / "a", data, *evaluate))
+    run = launch(tmp_path / "b", "deepspeed", *evaluate)
     assert run.wait_for_step(8), run.text()
     run.kill()
-    run = LaunchedRun(tmp_path / "b", data, "deepspeed")
+    run = launch(tmp_path / "b", "deepspeed", *evaluate)
     assert run.wait_for_step(20), run.text()
     # A scheduler's warning reaches one rank only; all must stop at the same step, with a checkpoint.
     ranks = [child for child in psutil.Process(run.process.pid).children(recursive=True) if is_rank(child)]
@@ -215,10 +233,33 @@ def test_two_ranks_of_the_deepspeed_launcher_survive_a_kill_and_a_signal(data, t
     assert run.step < STEPS, "it must have stopped early"
     assert "with a checkpoint; the same command goes on from here" in run.text()
     # One rank finishes what two began.
-    run = LaunchedRun(tmp_path / "b", data, "python")
+    run = launch(tmp_path / "b", "python", *evaluate)
     assert run.finish() == 0, run.text()
     found = read_log(run.log)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], abs=1e-5)
+    distances = [[e["fd_latent"] for e in read_log(tmp_path / run / "run/eval.jsonl")] for run in ("a", "b")]
+    assert len(distances[0]) == STEPS // 5
+    # The first of them were made by two ranks, the last ones by one.
+    assert distances[1] == pytest.approx(distances[0], rel=1e-4)
+
+
+def test_two_launchers_with_a_host_file_are_one_run(data, launch, tmp_path):
+    """As on two machines that see one file system, without ssh between them."""
+    (tmp_path / "b").mkdir()
+    short = ("training.max_steps=4", "training.checkpoint_every=2")
+    expected = read_log(undisturbed_here(tmp_path / "a", data, *short))
+    (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
+    port = free_port()
+    launchers = []
+    for node in range(2):
+        where = ["--no_ssh", "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        start = ("deepspeed", "--hostfile", str(tmp_path / "hosts"), *where)
+        launchers.append(launch(tmp_path / "b", start, *short))
+    assert [run.finish() for run in launchers] == [0, 0], launchers[0].text()
+    manifest = json.loads((tmp_path / "b/run/manifest.json").read_text())
+    assert manifest["ranks"] == 2
+    found = read_log(launchers[0].log)
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], abs=1e-5)
 
 

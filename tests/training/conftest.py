@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,14 @@ from rae_fast.runtime import Ranks
 from rae_fast.training.engine import Engine
 
 MakeEngine = Callable[..., Engine]
+DECODER_CONFIG = {
+    "decoder_hidden_size": 32,
+    "decoder_intermediate_size": 48,
+    "decoder_num_attention_heads": 4,
+    "decoder_num_hidden_layers": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+}
 
 
 class Regression(nn.Module):
@@ -49,7 +58,7 @@ def train_step(engine: Engine, x: torch.Tensor, y: torch.Tensor) -> None:
 
 @pytest.fixture
 def make_engine() -> Iterator[MakeEngine]:
-    """Engines on one rank by kind: `ddp`, or `zero-<stage>`."""
+    """Engines on one rank by kind: `ddp`, or `zero-<stage>`; on the CPU unless `device` says otherwise."""
     torch.set_num_threads(1)
     made: list[Engine] = []
 
@@ -61,7 +70,7 @@ def make_engine() -> Iterator[MakeEngine]:
             Engine(
                 module or regression(),
                 ranks=Ranks(),
-                device=torch.device("cpu"),
+                device=torch.device(options.pop("device", "cpu")),
                 runtime=Runtime(
                     engine="ddp" if engine == "ddp" else "deepspeed",
                     precision=options.pop("precision", "fp32"),
@@ -89,3 +98,17 @@ def tiny_config(tiny_encoder: Path, pristine_store: Path) -> Callable[..., Confi
         return tiny_run.make_config(folder, tiny_encoder, pristine_store, *overrides, run=run)
 
     return make
+
+
+@pytest.fixture
+def decoder(tiny_config: Callable[..., Config], tmp_path: Path) -> tuple[str, ...]:
+    """Overrides that name a decoder with random weights."""
+    from rae_fast.autoencoder.rae import build_rae
+
+    (tmp_path / "decoder").mkdir()
+    (tmp_path / "decoder/config.json").write_text(json.dumps(DECODER_CONFIG))
+    named = f"stage_1.params.decoder_config_path={tmp_path / 'decoder'}"
+    torch.manual_seed(0)
+    rae = build_rae(tiny_config(tmp_path, named).stage_1, need_encoder=False)
+    torch.save({n: v * 5 if v.ndim == 2 else v for n, v in rae.decoder.state_dict().items()}, tmp_path / "decoder.pt")
+    return named, f"stage_1.params.pretrained_decoder_path={tmp_path / 'decoder.pt'}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rae_fast.config import Config, Stage2
+from rae_fast.config import Config, Scheduler, Stage2
 from rae_fast.dit.registry import build_dit
 from rae_fast.errors import UserError
 from rae_fast.geometry import Geometry, dit_params, resolve_geometry
@@ -258,9 +258,61 @@ def test_run_folder_of_another_run_is_refused(change, match, tiny_config, tmp_pa
         train_dit(tiny_config(tmp_path, DDP, change))
 
 
+def test_checkpoint_of_another_model_is_refused_before_memory_is_taken(tiny_config, tmp_path, monkeypatch):
+    train_dit(tiny_config(tmp_path, DDP, "training.max_steps=1"))
+    monkeypatch.setattr(dit_trainer, "Engine", None)
+    with pytest.raises(UserError, match=r"blocks\.3\.\S+ has shape none"):
+        train_dit(tiny_config(tmp_path, DDP, "stage_2.params.depth=[3,1]"))
+
+
 def test_batch_larger_than_the_data_is_refused(tiny_config, tmp_path):
     with pytest.raises(UserError, match="40 images are fewer than the 128"):
         train_dit(tiny_config(tmp_path, DDP, "training.global_batch_size=128"))
+
+
+def test_gpu_memory_that_runs_out_is_answered_with_what_would_fit(tiny_config, tmp_path, monkeypatch):
+    class Device:
+        total_memory = 24 * 2**30
+
+    def run_out(self, heartbeat) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Device)
+    monkeypatch.setattr(DiTRun, "one_step", run_out)
+    with pytest.raises(UserError) as caught:
+        train_dit(tiny_config(tmp_path, DDP))
+    said = str(caught.value)
+    assert said.startswith("out of GPU memory with training.batch_size=16: CUDA out of memory; ")
+    assert "would fit by our estimate" in said
+    assert "training.batch_size=8" in said
+    assert "\n" not in said
+
+
+def test_half_precision_training_is_refused_with_what_there_is(tiny_config, tmp_path):
+    with pytest.raises(UserError, match=r"runtime\.precision.*fp16.*fp32, tf32, bf16"):
+        tiny_config(tmp_path, DDP, "runtime.precision=fp16")
+
+
+def test_training_without_a_scheduler_section_keeps_the_learning_rate(tiny_config, tmp_path):
+    train_dit(replace_scheduler(tiny_config(tmp_path, DDP, "training.max_steps=3")))
+    assert [line["lr"] for line in read_log(tmp_path / "run/log.jsonl")] == [1e-3] * 3
+
+
+def replace_scheduler(config: Config) -> Config:
+    """The config as if its file had no scheduler."""
+    return replace(config, training=replace(config.training, scheduler=Scheduler()))
+
+
+def test_nothing_is_evaluated_or_drawn_before_the_first_step(tiny_config, tmp_path, monkeypatch):
+    seen = []
+    at_intervals = DiTRun.at_intervals
+    monkeypatch.setattr(
+        DiTRun, "at_intervals", lambda self, step, beat: (seen.append(step), at_intervals(self, step, beat))
+    )
+    due = ("eval.eval_interval=2", "eval.num_images=4", "sampler.params.num_steps=2", "training.max_steps=2")
+    train_dit(tiny_config(tmp_path, DDP, *due))
+    assert seen == [1, 2]
+    assert [line["step"] for line in read_log(tmp_path / "run/eval.jsonl")] == [2]
 
 
 def test_profiler_trace_of_some_steps(tiny_config, tmp_path):

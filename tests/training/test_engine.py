@@ -59,6 +59,26 @@ def test_accumulation_is_the_large_batch(kind, make_engine):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_accumulated_gradients_are_those_of_the_large_batch(kind, make_engine):
+    x, y = batches(1, 8)
+    found = []
+    for accumulation in (1, 2, 4):
+        engine = make_engine(kind, accumulation=accumulation)
+        guard = engine._guard_and_clip
+
+        def look(engine=engine, guard=guard) -> None:
+            # Before the step, which frees them.
+            found.append(torch.cat([g.flatten().clone() for g in engine.shards.gradients()]))
+            guard()
+
+        engine._guard_and_clip = look
+        train_step(engine, x[0], y[0])
+    assert len(found) == 3
+    assert found[0].abs().max() > 0.01
+    assert all(torch.allclose(found[0], other, rtol=0, atol=1e-6) for other in found[1:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(kind, poison, make_engine):
     x, y = batches(3, 8)

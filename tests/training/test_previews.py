@@ -1,39 +1,15 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from rae_fast.autoencoder.rae import build_rae
 from rae_fast.training.dit_trainer import train_dit
 from rae_fast.training.monitor import read_log
 from rae_fast.training.previews import COLUMNS, IMAGES, preview_labels
 
 DDP = "runtime.engine=ddp"
 GRIDS = ("training.sample_every=4", "training.max_steps=8", "sampler.params.num_steps=3", "training.cfg_scale=2.0")
-DECODER_CONFIG = {
-    "decoder_hidden_size": 32,
-    "decoder_intermediate_size": 48,
-    "decoder_num_attention_heads": 4,
-    "decoder_num_hidden_layers": 2,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-}
-
-
-@pytest.fixture
-def decoder(tiny_config, tmp_path) -> tuple[str, ...]:
-    """Overrides that name a decoder with random weights."""
-    (tmp_path / "decoder").mkdir()
-    (tmp_path / "decoder/config.json").write_text(json.dumps(DECODER_CONFIG))
-    named = f"stage_1.params.decoder_config_path={tmp_path / 'decoder'}"
-    torch.manual_seed(0)
-    rae = build_rae(tiny_config(tmp_path, named).stage_1, need_encoder=False)
-    torch.save({n: v * 5 if v.ndim == 2 else v for n, v in rae.decoder.state_dict().items()}, tmp_path / "decoder.pt")
-    return named, f"stage_1.params.pretrained_decoder_path={tmp_path / 'decoder.pt'}"
 
 
 def test_grids_at_fixed_noise_do_not_disturb_the_training(decoder, tiny_config, tmp_path):
