@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from rae_fast.config import Config
-from rae_fast.config_file import load_config
+if TYPE_CHECKING:
+    from rae_fast.config import Config
 
 DECODER = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2}
 OVERRIDES = (
@@ -61,6 +62,7 @@ def decoder_overrides(
 @pytest.fixture(scope="session")
 def decoder_config(decoder_overrides: list[str]) -> Callable[..., Config]:
     """`decoder_config(run_folder, "key=value", ...)`."""
+    from rae_fast.config_file import load_config  # imports OmegaConf, which GPU tests do without
 
     def make(folder: Path, *overrides: str) -> Config:
         return load_config(None, [*decoder_overrides, f"logging.run_folder={folder}", *overrides])
