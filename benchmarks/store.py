@@ -4,10 +4,12 @@
     python benchmarks/store.py --folder /mnt/nvme --images 20000 --what cold
 
 Latents [768, 16, 16] in float16 (384 KiB each), random batches of 256, every contender over the same samples in turn in
-every round. Three questions: warm (in the page cache, one core; baseline numpy memmap into a reused buffer), cold
-(evicted before each run, all cores; baseline a bare loop of O_DIRECT reads in 16 Python threads, which checks nothing),
-and beside a busy Python thread (each contender against itself when idle). Our readers verify every sample's CRC-32C
-where the name says so. CPU time is that of the whole process: on a machine that others use, it is the figure to trust.
+every round. Three questions: warm (in the page cache, one core; baseline numpy.take from a memmap into a reused buffer,
+as one writes it; the row with mode="clip" is the fastest that numpy can do, since it alone copies once), cold (evicted
+before each run, all cores; baseline a bare loop of O_DIRECT reads in 16 Python threads, which checks nothing), and
+beside a busy Python thread (each contender against itself when idle). Our readers verify every sample's CRC-32C where
+the name says so. CPU time is that of the whole process: on a machine that others use, it is the figure to trust. The
+MDS row needs mosaicml-streaming, which wants older libraries than ours: give it a virtual environment of its own.
 """
 
 from __future__ import annotations
@@ -45,6 +47,13 @@ SHAPE = (768, 16, 16)
 ROW_BYTES = 768 * 16 * 16 * 2
 BATCH, SHARD = 256, 512
 WARM_BASELINE, COLD_BASELINE = "numpy memmap, reused buffer", "bare O_DIRECT loop, 16 threads"
+# (question, row): at least this share of the baseline's rate, and at most these CPU seconds for 1000 samples.
+TARGETS = {
+    ("warm", "native buffered, verified"): (0.85, None),
+    ("warm", "native mapped, verified"): (1.4, None),
+    ("cold", "native direct, verified"): (0.9, 0.05),
+}
+BUSY_TARGET = 0.7  # of the same reader's rate when idle
 Gather = Callable[[np.ndarray, np.ndarray], object]  # (rows, out): copies rows into out
 
 
@@ -83,7 +92,7 @@ def main() -> None:
             result = QUESTIONS[what](data, args)
             print_table(result)
             for entry in result["rows"]:
-                print(f"{entry['name']}: {entry['cpu_s_per_1000']} CPU s per 1000 samples")
+                print(f"{entry['name']}: {entry['cpu_s_per_1000']} CPU s per 1000 samples{verdict(what, entry)}")
             if args.out:
                 write_result(args.out.with_stem(f"{args.out.stem}-{what}"), result)
     finally:
@@ -145,10 +154,10 @@ def portable(data: Data, kind: str) -> Gather:
     return gather_with(open_reader(store, kind), store)
 
 
-def memmap(data: Data) -> Gather:
-    """numpy's own."""
+def memmap(data: Data, mode: str = "raise") -> Gather:
+    """numpy's own; but for mode "clip", it copies by way of a buffer of its own."""
     array = np.load(data.npy, mmap_mode="r")
-    return lambda rows, out: np.take(array, rows, axis=0, out=out, mode="clip")
+    return lambda rows, out: np.take(array, rows, axis=0, out=out, mode=mode)
 
 
 def safetensors(data: Data) -> Gather:
@@ -204,6 +213,7 @@ def ask_warm(data: Data, args: argparse.Namespace) -> dict[str, Any]:
     """One core, everything in the page cache."""
     makers: dict[str, Callable[[], Gather]] = {
         WARM_BASELINE: partial(memmap, data),
+        'numpy memmap, reused buffer, mode="clip"': partial(memmap, data, "clip"),
         "native mapped, verified": partial(native, data, "mapped", threads=1),
         "native mapped": partial(native, data, "mapped", verify=False, threads=1),
         "native buffered, verified": partial(native, data, "buffered", threads=1),
@@ -249,6 +259,7 @@ def ask_busy(data: Data, args: argparse.Namespace) -> dict[str, Any]:
         WARM_BASELINE: partial(memmap, data),
         "buffered in Python, verified": partial(portable, data, "buffered"),
         "tensorstore, verified": partial(portable, data, "tensorstore"),
+        "LatentLoader to float32": partial(whole_loader, data),
     }
     gathers = {name: make() for name, make in makers.items()}
     idle = measure(gathers, data, args, lambda: None)
@@ -257,7 +268,8 @@ def ask_busy(data: Data, args: argparse.Namespace) -> dict[str, Any]:
     measured = {f"{name}, {state}": found[name] for name in makers for state, found in (("idle", idle), ("busy", busy))}
     for name in makers:
         ratio = statistics.median(busy[name].rate) / statistics.median(idle[name].rate)
-        print(f"{name}: {ratio:.2f} of idle beside a busy thread")
+        said = ("", " (met)", " (missed)")[0 if "native" not in name else 1 if ratio >= BUSY_TARGET else 2]
+        print(f"{name}: {ratio:.2f} of idle beside a busy thread{said}")
     baseline = "native mapped, verified, idle"
     return report("store-busy", "What is left beside a busy Python thread?", baseline, measured)
 
@@ -290,6 +302,16 @@ def measure(
                 measured[name].rate.append(count / elapsed_s)
                 measured[name].cpu_s.append(1000 * used_s / count)
     return measured
+
+
+def verdict(what: str, entry: dict[str, Any]) -> str:
+    """Whether a row meets its target, if it has one."""
+    share, cpu_s = TARGETS.get((what, entry["name"]), (None, None))
+    if share is None:
+        return ""
+    met = entry["ratio"] >= share and (cpu_s is None or entry["cpu_s_per_1000"] <= cpu_s)
+    limit = "" if cpu_s is None else f" at no more than {cpu_s} CPU s"
+    return f"; target {share} of the baseline{limit}: {'met' if met else 'missed'} ({entry['ratio']})"
 
 
 def report(benchmark: str, question: str, baseline: str, measured: dict[str, Measured]) -> dict[str, Any]:

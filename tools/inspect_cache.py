@@ -1,11 +1,12 @@
 """Look into a latent store and keep it trustworthy.
 
-info     a page of facts; --preview FILE.png draws latents (their three strongest directions) beside their images
-verify   every byte against its checksum; exit status 1 if any is wrong
-repair   small files from their backup, bad shards encoded again from the source
-compare  stored latents against fresh encodings; in pixels too, where the config names a decoder
-export   to LightningDiT's safetensors shards or to .npy, un-normalized
-import   a store from such files
+info        a page of facts; --preview FILE.png draws latents (their three strongest directions) beside their images
+verify      every byte against its checksum; exit status 1 if any is wrong
+repair      small files from their backup, bad shards encoded again from the source
+compare     stored latents against fresh encodings; in pixels too, where the config names a decoder
+statistics  mean and variance as a stat.pt, which cache.statistics takes and the reference reads
+export      to LightningDiT's safetensors shards or to .npy, un-normalized
+import      a store from such files
 """
 
 from __future__ import annotations
@@ -88,6 +89,16 @@ def compare_store(args: argparse.Namespace) -> int:
     return 0
 
 
+def write_statistics(args: argparse.Namespace) -> int:
+    """Write the store's stat.pt."""
+    from rae_fast.latents.stats import save_statistics
+
+    store = open_store(args.store)
+    save_statistics(args.file, store.mean, store.var)
+    print(f"{args.file}: mean and var, {' x '.join(map(str, store.latent_shape))}")
+    return 0
+
+
 def export_store(args: argparse.Namespace) -> int:
     """Write the store in another layout."""
     from rae_fast.latents.exports import export
@@ -122,6 +133,8 @@ def make_parser() -> argparse.ArgumentParser:
     mend.set_defaults(run=repair_store)
     fidelity = commands.add_parser("compare", help="stored latents against fresh encodings")
     fidelity.set_defaults(run=compare_store)
+    moments = commands.add_parser("statistics", help="mean and variance as a stat.pt")
+    moments.set_defaults(run=write_statistics)
     out = commands.add_parser("export", help="to safetensors or .npy")
     out.set_defaults(run=export_store)
     bring = commands.add_parser("import", help="from safetensors or .npy")
@@ -129,8 +142,9 @@ def make_parser() -> argparse.ArgumentParser:
     bring.add_argument("--config", metavar="FILE", help="YAML file with a cache section")
     bring.add_argument("--encoder", default="imported latents", help="what made them, for the record")
     bring.set_defaults(run=import_store)
-    for command in (facts, check, mend, fidelity, out, bring):
+    for command in (facts, check, mend, fidelity, moments, out, bring):
         command.add_argument("store", help="path or URL of the store")
+    moments.add_argument("file", help="the stat.pt to write")
     out.add_argument("folder", help="new folder")
     out.add_argument("--layout", default="safetensors", help="safetensors (LightningDiT's) or npy")
     for command in (facts, fidelity):
