@@ -61,20 +61,30 @@ PARTS: dict[int, tuple[str, tuple[Step, ...]]] = {
     ),
     2: (
         "correctness of every kernel",
-        (Step("tests of kernels", "-m pytest -m gpu tests/kernels --timeout 240 {parallel}", ("pytest",)),),
+        (
+            Step(
+                "tests of kernels",
+                "-m pytest -m gpu tests/kernels --timeout 240 {parallel}",
+                ("pytest", "pytest_timeout"),
+            ),
+        ),
     ),
     3: (
-        "configurations of every kernel, and their times",
+        "configurations of every kernel; gated residual, norm and modulation",
         (
-            Step("tuning", "benchmarks/kernels.py --what --tune {results}/tuned.json", limit_s=330),
-            Step("kernels", "benchmarks/kernels.py --what norm swiglu --out {results}/kernels.json"),
+            Step("tuning", "benchmarks/kernels.py --what --tune {results}/tuned.json", limit_s=380),
+            Step("norm", "benchmarks/kernels.py --what norm --out {results}/kernels.json"),
         ),
     ),
     4: (
-        "attention and whole blocks against what PyTorch compiles",
-        (Step("attention, blocks", "benchmarks/kernels.py --what attention block --out {results}/kernels.json"),),
+        "attention and SwiGLU against what PyTorch compiles",
+        (Step("attention, SwiGLU", "benchmarks/kernels.py --what attention swiglu --out {results}/kernels.json"),),
     ),
     5: (
+        "whole blocks; the kernels outside of the model",
+        (Step("blocks", "benchmarks/kernels.py --what block pair optimizer crop --out {results}/kernels.json"),),
+    ),
+    6: (
         "training step of DiTDH-XL, kernels against plain PyTorch",
         (
             Step(
@@ -84,35 +94,34 @@ PARTS: dict[int, tuple[str, tuple[Step, ...]]] = {
             ),
         ),
     ),
-    6: (
-        "training step of DiTDH-S; the kernels outside of the model",
+    7: (
+        "training step of DiTDH-S, kernels against plain PyTorch",
         (
             Step(
                 "train step S",
                 "benchmarks/train_step.py --model DiTDH-S --batch 256 --compile on --steps 10 --no-encoder "
                 "--out {results}/train_step-DiTDH-S.json",
-                limit_s=330,
             ),
-            Step("others", "benchmarks/kernels.py --what pair optimizer crop --out {results}/kernels.json"),
         ),
     ),
-    7: (
+    8: (
         "the other tests marked gpu; decoding",
         (
             Step("other tests", "-m pytest -m gpu tests --ignore tests/kernels", ("pytest", *PACKAGES), 200),
             Step("decode", "benchmarks/decode.py --device cuda --out {results}/decode-cuda.json", (DALI,), 130),
         ),
     ),
-    8: (
+    9: (
         "decoder training, whole epochs",
         (
             Step(
                 "decoder step",
                 "benchmarks/decoder_step.py --size DINOv2-B_decXL --batch 32 --precision bf16 --compile --device cuda "
                 "--rounds 3 --output {results}/decoder_step-cuda.json",
-                ("omegaconf",),
+                ("transformers",),
                 200,
             ),
+            Step("decoder tests", "-m pytest -m gpu tests/autoencoder/test_step_gpu.py", ("pytest",), 90),
             Step(
                 "end to end",
                 "benchmarks/end_to_end.py --device cuda --images 2048 --epochs 2 --rounds 1 "

@@ -123,9 +123,11 @@ def norm_rows(name: str, stack: Stack, make: Maker) -> Rows:
         "eager": lambda: norm_modulate.reference(terms, 1e-6, False, make.dtype),
         "kernel": kernel,
     }
+    given, made = _bytes(terms), _bytes(kernel())
+    # Backward reads the outputs' gradients and the inputs again (x' for x), and writes the inputs' gradients.
     return [
-        *rows_of(f"norm {name} forward", compete(forms), B=_moved(terms, kernel())),
-        *rows_of(f"norm {name} forward+backward", compete(_both(forms, list(terms))), B=3 * _moved(terms, kernel())),
+        *rows_of(f"norm {name} forward", compete(forms), B=given + made),
+        *rows_of(f"norm {name} forward+backward", compete(_both(forms, list(terms))), B=3 * given + 2 * made),
     ]
 
 
@@ -270,9 +272,9 @@ def _both(forms: dict[str, Callable[[], Any]], inputs: list[Tensor]) -> dict[str
     return {name: (lambda name=name: timed(name)) for name in forms}
 
 
-def _moved(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> int:
-    """Bytes of all inputs and outputs, each once."""
-    return sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+def _bytes(tensors: tuple[Tensor, ...]) -> int:
+    """Bytes of all tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 MEASURES: dict[str, Callable[[Maker, Maker], Rows]] = {
