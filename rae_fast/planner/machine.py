@@ -154,7 +154,7 @@ def measure_step(config: Config, geometry: Geometry, device: torch.device, produ
         1, min(config.training.batch_size or 16, LARGEST_TRIAL_BATCH, int(STEP_BUDGET_S * product_flops / flops))
     )
     times = [
-        _time_model(config, geometry, device, {**params, "depth": trial if len(trial) > 1 else trial[0]}, batch)
+        time_model(config, geometry, device, {**params, "depth": trial if len(trial) > 1 else trial[0]}, batch)
         for trial in trials
     ]
     base = times[0]
@@ -169,7 +169,7 @@ def _depths(depth: Any) -> list[int]:
     return [int(d) for d in depth] if isinstance(depth, list | tuple) else [int(depth)]
 
 
-def _time_model(
+def time_model(
     config: Config, geometry: Geometry, device: torch.device, params: dict[str, Any], batch: int
 ) -> StepTime:
     """Steps of a model as training makes them: pairs, forward, backward; then clipping, AdamW and averages."""

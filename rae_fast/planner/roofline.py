@@ -88,7 +88,8 @@ def from_preset(name: str, tokens: int, channels: int, **changes: object) -> Mod
 def from_file(path: Path) -> Model:
     """The model of a configuration file."""
     # Here, so that GPU benchmarks of released sizes run without OmegaConf.
-    
+    from rae_fast.config_file import load_config
+
     return from_config(load_config(path, []))
 
 

@@ -123,7 +123,7 @@ def test_a_step_grows_by_the_block(cache_config: Callable[..., Config], tmp_path
         trunk, head = params["depth"]
         return StepTime(0.5 + 0.1 * trunk + 0.3 * head, 1.0 * trunk + 2.0 * head)
 
-    monkeypatch.setattr(machine, "_time_model", timed)
+    monkeypatch.setattr(machine, "time_model", timed)
     config = cache_config(tmp_path / "store", *TINY_MODEL)
     step = measure_step(config, resolve_geometry(config), torch.device("cpu"), 1e11)
     assert step.image_s == pytest.approx(0.5 + 0.1 * 3 + 0.3 * 2)
