@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow gpu lint clean
+.PHONY: demo test test-slow bench gpu lint clean
 
 # One install for CPU and GPU machines alike: the wheels carry CUDA and run without it.
 $(STAMP): pyproject.toml constraints.txt
@@ -24,6 +24,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+# every benchmark that runs here, under 20 minutes on two quiet cores; then benchmarks/results/REPORT.md
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 # `make gpu PART=2 NOINSTALL=1 PYTHON=python3` uses the Python at hand as it is; RESULTS is where figures go.
 gpu: $(if $(NOINSTALL),,$(STAMP))

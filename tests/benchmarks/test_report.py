@@ -117,3 +117,12 @@ def test_a_result_out_of_form_is_refused_by_name(report: ModuleType, results: di
     (tmp_path / "store-warm.json").write_text(json.dumps(results["store-warm"]))
     with pytest.raises(UserError, match=r"store-warm\.json: cpu is None"):
         report.load_results(tmp_path)
+
+
+def test_planner_foresaw_the_measured_steps_within_15_percent(report: ModuleType) -> None:
+    results = report.newest_first(report.load_results(report.RESULTS), "planner")
+    if not results:
+        pytest.skip("planner.py has not been run")
+    for result in results:
+        shares = {e["name"]: e["predicted_over_measured"] for e in result["rows"] if "predicted_over_measured" in e}
+        assert shares == {name: pytest.approx(1, abs=0.15) for name in shares}
