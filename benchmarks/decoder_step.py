@@ -31,7 +31,7 @@ from results_file import RESULTS, make_result, print_table, row, write_result
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rae_fast.autoencoder.assembly import Players, build_players
+from rae_fast.autoencoder.assembly import Players, RunPlan, build_players
 from rae_fast.autoencoder.augment import DiffAugment
 from rae_fast.autoencoder.batch import DecoderBatch, as_tokens
 from rae_fast.autoencoder.losses import (
@@ -174,8 +174,8 @@ def assemble(config: Config, device: torch.device) -> Players:
     """Engines and losses as training builds them."""
     batch = config.training.global_batch_size
     assert batch is not None
-    plan = BatchPlan(batch, 1, batch)
-    return build_players(config, plan, Ranks(), device, build_distance(device), steps_per_epoch=1, total_steps=1000)
+    plan = RunPlan(BatchPlan(batch, 1, batch), Ranks(), device, steps_per_epoch=1, total_steps=1000)
+    return build_players(config, plan, build_distance(device))
 
 
 # --- contenders -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,17 @@ from rae_fast.training.schedule import build_schedule
 DISCRIMINATOR_DEEPSPEED = {"zero_optimization": {"stage": 0}}
 
 
+@dataclass(frozen=True)
+class RunPlan:
+    """Where a run computes, with what batches, and for how many optimizer steps."""
+
+    batches: BatchPlan
+    ranks: Ranks
+    device: torch.device
+    steps_per_epoch: int
+    total_steps: int
+
+
 @dataclass
 class Players:
     """Decoder and discriminator with their engines.
@@ -55,71 +66,43 @@ def build_encoder_if_needed(config: Config, device: torch.device) -> LatentEncod
     return None
 
 
-def build_players(
-    config: Config,
-    plan: BatchPlan,
-    ranks: Ranks,
-    device: torch.device,
-    perceptual: nn.Module | None,
-    *,
-    steps_per_epoch: int,
-    total_steps: int,
-) -> Players:
+def build_players(config: Config, plan: RunPlan, perceptual: nn.Module | None) -> Players:
     """Decoder, discriminator and losses of a config.
 
     Args:
         config: the whole configuration.
-        plan: batch sizes.
-        ranks: who takes part.
-        device: where this rank computes.
+        plan: where, with what batches and for how long.
         perceptual: what `build_perceptual` gave.
-        steps_per_epoch: optimizer steps in an epoch.
-        total_steps: optimizer steps of the run.
 
     Raises:
         UserError: weights that a part needs cannot be found, or sizes do not fit.
     """
-    rae = build_trainable(config, device)
-    assert rae.decoder is not None
-    loss, training = config.gan.loss, config.training
-    schedule = build_schedule(
-        training.scheduler, lr=training.optimizer.lr, steps_per_epoch=steps_per_epoch, total_steps=total_steps
-    )
-    generator = Engine(
-        rae.decoder,
-        optimizer=training.optimizer,
-        lr=schedule,
-        ranks=ranks,
-        device=device,
-        runtime=config.runtime,
-        deepspeed=config.deepspeed,
-        accumulation=plan.accumulation,
-        micro_batch=plan.micro_batch,
-        clip_grad=training.clip_grad,
-        ema_decays=ema_decays(training),
-    )
-    starts = Starts.of(loss, steps_per_epoch=steps_per_epoch, images_per_step=plan.global_batch)
-    backbone, discriminator = None, None
+    rae = build_trainable(config, plan.device)
+    generator = _generator_engine(config, plan, rae)
+    starts = Starts.of(config.gan.loss, steps_per_epoch=plan.steps_per_epoch, images_per_step=plan.batches.global_batch)
+    engines, backbone = {"model": generator}, None
     if starts.discriminator is not None:
-        backbone = build_backbone(config.gan.disc.arch, seed=training.global_seed).to(device)
+        backbone = build_backbone(config.gan.disc.arch, seed=config.training.global_seed).to(plan.device)
         if config.runtime.compile:
             compile_blocks(backbone)
-        discriminator = _discriminator_engine(
-            config, backbone, plan, ranks, device, starts.discriminator, steps_per_epoch, total_steps
-        )
+        engines["disc"] = _discriminator_engine(config, plan, backbone, starts.discriminator)
     augment = config.gan.disc.augment
     objective = DecoderObjective(
-        loss,
+        config.gan.loss,
         rae.patches_to_pixels,
         perceptual,
         backbone,
         DiffAugment(augment.prob, augment.cutout),
         generator.autocast,
-        mean_over_ranks(ranks),
+        mean_over_ranks(plan.ranks),
     )
-    tau = config.stage_1.params.noise_tau
-    update = DecoderStep(generator, discriminator, objective, tau=tau, seed=training.global_seed)
-    engines = {"model": generator} | ({} if discriminator is None else {"disc": discriminator})
+    update = DecoderStep(
+        generator,
+        engines.get("disc"),
+        objective,
+        tau=config.stage_1.params.noise_tau,
+        seed=config.training.global_seed,
+    )
     return Players(engines, generator, update, starts, rae.patches_to_pixels)
 
 
@@ -152,35 +135,49 @@ def build_perceptual(loss: GanLoss, encoder: LatentEncoder | None, device: torch
     return EncoderPerceptual(encoder_features(encoder.encoder))
 
 
-def _discriminator_engine(
-    config: Config,
-    backbone: DinoBackbone,
-    plan: BatchPlan,
-    ranks: Ranks,
-    device: torch.device,
-    first: int,
-    steps_per_epoch: int,
-    total_steps: int,
-) -> Engine:
-    disc = config.gan.disc
-    schedule = build_schedule(
-        disc_scheduler(disc.scheduler, first, steps_per_epoch),
-        lr=disc.optimizer.lr,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=max(1, total_steps - first),
+def _generator_engine(config: Config, plan: RunPlan, rae: RAE) -> Engine:
+    assert rae.decoder is not None
+    training = config.training
+    return Engine(
+        rae.decoder,
+        optimizer=training.optimizer,
+        lr=build_schedule(
+            training.scheduler,
+            lr=training.optimizer.lr,
+            steps_per_epoch=plan.steps_per_epoch,
+            total_steps=plan.total_steps,
+        ),
+        ranks=plan.ranks,
+        device=plan.device,
+        runtime=config.runtime,
+        deepspeed=config.deepspeed,
+        accumulation=plan.batches.accumulation,
+        micro_batch=plan.batches.micro_batch,
+        clip_grad=training.clip_grad,
+        ema_decays=ema_decays(training),
     )
-    updates = config.gan.loss.disc_updates
+
+
+def _discriminator_engine(config: Config, plan: RunPlan, backbone: DinoBackbone, first: int) -> Engine:
+    """The heads' engine; its schedule begins at step `first`."""
+    disc, updates = config.gan.disc, config.gan.loss.disc_updates
+    schedule = build_schedule(
+        disc_scheduler(disc.scheduler, first, plan.steps_per_epoch),
+        lr=disc.optimizer.lr,
+        steps_per_epoch=plan.steps_per_epoch,
+        total_steps=max(1, plan.total_steps - first),
+    )
     return Engine(
         build_heads(disc.arch, backbone, seed=config.training.global_seed),
         optimizer=disc.optimizer,
         lr=lambda step: schedule(step // updates),
-        ranks=ranks,
-        device=device,
+        ranks=plan.ranks,
+        device=plan.device,
         # Compilation would gain nothing on a few convolutions along the token axis.
         runtime=replace(config.runtime, compile=False),
         deepspeed=DISCRIMINATOR_DEEPSPEED,
-        accumulation=plan.accumulation,
-        micro_batch=plan.micro_batch,
+        accumulation=plan.batches.accumulation,
+        micro_batch=plan.batches.micro_batch,
         clip_grad=config.training.clip_grad,
     )
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from rae_fast.autoencoder.assembly import build_encoder_if_needed, build_perceptual, build_players
+from rae_fast.autoencoder.assembly import RunPlan, build_encoder_if_needed, build_perceptual, build_players
 from rae_fast.autoencoder.feed import build_feed
 from rae_fast.autoencoder.step import FIGURES
 from rae_fast.autoencoder.validation import prepare_held_out
@@ -95,15 +95,8 @@ class DecoderRun:
         self.steps_per_epoch = self.feed.epoch_images // self.batches.global_batch
         self.total_steps = count_steps(training, self.steps_per_epoch)
         perceptual = build_perceptual(config.gan.loss, encoder, device)
-        self.players = build_players(
-            config,
-            self.batches,
-            ranks,
-            device,
-            perceptual,
-            steps_per_epoch=self.steps_per_epoch,
-            total_steps=self.total_steps,
-        )
+        plan = RunPlan(self.batches, ranks, device, self.steps_per_epoch, self.total_steps)
+        self.players = build_players(config, plan, perceptual)
         self.generator = self.players.generator
         self.held_out = prepare_held_out(config, encoder, geometry.image_size, ranks, perceptual)
         # Only now: what could not begin leaves no description of itself.

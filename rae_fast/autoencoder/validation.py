@@ -138,6 +138,8 @@ def prepare_held_out(
             raise UserError(f"eval.metrics holds {name!r}", f"some of {', '.join(METRICS)} in decoder training")
     source = config.eval.data_path or config.data.val_source
     if source is None:
+        if ranks.is_main and (config.eval.eval_interval or config.training.sample_every):
+            print("neither eval.data_path nor data.val_source: training without evaluation and grids", flush=True)
         return None
     assert encoder is not None
     images = _read(config, source, image_size, ranks)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rae_fast.autoencoder.assembly import build_players
+from rae_fast.autoencoder.assembly import RunPlan, build_players
 from rae_fast.autoencoder.batch import DecoderBatch
 from rae_fast.autoencoder.objective import Phase
 from rae_fast.autoencoder.step import FIGURES
@@ -74,8 +74,8 @@ def figures_on(device: torch.device, folder: Path, **runtime: object) -> list[di
         training=Training(global_batch_size=COUNT, optimizer=Optimizer(lr=2e-4)),
         runtime=Runtime(engine="ddp", **runtime),
     )
-    plan = BatchPlan(COUNT, 1, COUNT)
-    players = build_players(config, plan, Ranks(), device, Blur(), steps_per_epoch=1, total_steps=STEPS)
+    plan = RunPlan(BatchPlan(COUNT, 1, COUNT), Ranks(), device, steps_per_epoch=1, total_steps=STEPS)
+    players = build_players(config, plan, Blur())
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(COUNT, GRID * GRID, 32, generator=generator).to(device)
     images = torch.rand(COUNT, 3, 8 * GRID, 8 * GRID, generator=generator).to(device)
