@@ -22,6 +22,7 @@ import numpy as np
 
 from rae_fast.progress import Progress
 from rae_fast.runtime import Ranks
+from rae_fast.sampling.folder import cannot_write
 
 POLL_S = 0.5
 STALL_S = 300.0  # without a new item for so long, rank 0 takes the others for dead
@@ -143,7 +144,10 @@ class Writer:
     def _finish_oldest(self) -> None:
         tasks, then = self._units.popleft()
         for task in tasks:
-            task.result()
+            try:
+                task.result()
+            except OSError as error:
+                raise cannot_write(Path(error.filename or "the folder"), error) from error
         then()
 
     def __enter__(self) -> Writer:

@@ -71,6 +71,15 @@ def _check_identity(path: Path, manifest: dict[str, Any], identity: Sequence[str
             )
 
 
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The error for a place without room or rights."""
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}",
+        "a writable folder with room",
+        "make room; the same command goes on from here",
+    )
+
+
 def remove_stale_parts(folder: Path) -> None:
     """Remove half-written files of a run that was killed: those older than this process."""
     started_s = psutil.Process().create_time()

@@ -107,7 +107,7 @@ def label_line(sampler: LatentSampler, ends: tuple[int, int], weights_K: Tensor)
 def _integrate(sampler: LatentSampler, noise: Callable[[int], Tensor], labels_n: Tensor) -> Tensor:
     """Latents [n, C, H, W] from noises given all at once, in pieces as `draw_latents` makes them."""
     start_nCHW, drawn = noise(0), []
-    for piece, padded in pieces(len(labels_n), sampler.rows):
+    for piece, padded in pieces(len(labels_n), sampler.rows_together):
         chosen = torch.as_tensor(padded, device=labels_n.device)
         z = sampler.integrate(start_nCHW[chosen], labels_n[chosen], lambda step, chosen=chosen: noise(step + 1)[chosen])
         drawn.append(z[: len(piece)])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rae_fast.autoencoder.rae import RAE
 from rae_fast.config import Config
@@ -106,7 +107,14 @@ def run_sampling(config: Config, job: SamplingJob, ranks: Ranks) -> dict[str, An
     if job.latents is not None:
         latents = LatentFile(job.folder, job.latents, (len(job.labels), *geometry.latent_shape))
     begin_samples(job.folder, manifest, job.labels, ranks, latents)
-    draw_missing(sampler, rae, job, ranks, latents)
+    try:
+        draw_missing(sampler, rae, job, ranks, latents)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{device_name(device)} has no room for {job.rows} samples at once",
+            "fewer at once",
+            f"set --rows {max(1, job.rows // 2)} and another --folder",
+        ) from error
     if ranks.is_main:
         _finish(job)
     return manifest
@@ -127,8 +135,8 @@ def draw_missing(
                 # Before the images: an image that is there says that its latent is.
                 latents.write(index, z_nCHW)
             drawn = decode_images(rae, z_nCHW, sampler.rows)
-            paths = (image_path(job.folder, int(i)) for i in index)
-            writer.submit((save_png, (path, image)) for path, image in zip(paths, drawn, strict=True))
+            paths = [image_path(job.folder, int(i)) for i in index]
+            writer.submit((save_png, pair) for pair in zip(paths, drawn, strict=True))
 
         division.work(make, writer.wait)
 
@@ -154,7 +162,6 @@ def begin_samples(
         _check_stored_labels(folder, labels)
         remove_stale_parts(folder / "images")
         if latents is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             latents.create()
         with atomic_write(folder / LABELS) as file:
             np.save(file, labels.astype(np.int64))

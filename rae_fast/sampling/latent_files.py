@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rae_fast.errors import UserError
 from rae_fast.provenance import atomic_write
+from rae_fast.sampling.folder import cannot_write
 
 FORMATS = ("npy", "zarr")
 
@@ -39,40 +40,59 @@ class LatentFile:
         """Make it, or keep what is there; one process does this before any writes.
 
         Raises:
-            UserError: an array of another shape is there.
+            UserError: an array of another shape is there, or the place cannot be written.
         """
-        if self.path.exists():
-            self._open()
-        elif self.layout == "npy":
-            with atomic_write(self.path) as file:
-                header = {"descr": "<f4", "fortran_order": False, "shape": self.shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                file.truncate(file.tell() + 4 * int(np.prod(self.shape)))
-        else:
-            import zarr
+        try:
+            if self.path.exists():
+                self._open()
+            elif self.layout == "npy":
+                with atomic_write(self.path) as file:
+                    header = {"descr": "<f4", "fortran_order": False, "shape": self.shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    file.truncate(file.tell() + 4 * int(np.prod(self.shape)))
+            else:
+                self._create_zarr()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
 
-            about = {"contents": "normalized latents of the samples, by number", "maker": "rae_fast"}
-            zarr.create_array(
-                str(self.path),
-                shape=self.shape,
-                chunks=(1, *self.shape[1:]),
-                dtype="float32",
-                compressors=None,
-                attributes=about,
-            )
+    def _create_zarr(self) -> None:
+        import zarr
+
+        about = {"contents": "normalized latents of the samples, by number", "maker": "rae_fast"}
+        zarr.create_array(
+            str(self.path),
+            shape=self.shape,
+            chunks=(1, *self.shape[1:]),
+            dtype="float32",
+            compressors=None,
+            attributes=about,
+        )
 
     def write(self, rows: np.ndarray, latents_nCHW: Tensor) -> None:
-        """Put latents into consecutive rows; they are on the disk when this returns."""
+        """Put latents into consecutive rows; they are on the disk when this returns.
+
+        Raises:
+            UserError: there is no room for them.
+        """
         array, values = self._open(), latents_nCHW.float().cpu().numpy().astype("<f4", copy=False)
         first = int(rows[0])
-        if self.layout == "zarr":
-            array[first : first + len(rows)] = values
-            return
+        try:
+            if self.layout == "zarr":
+                array[first : first + len(rows)] = values
+            else:
+                self._write_bytes(np.ascontiguousarray(values), array.offset + first * values[0].nbytes)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def _write_bytes(self, values: np.ndarray, offset: int) -> None:
         # By exact byte ranges and not through a mapping: on a network file system, machines would overwrite one
         # another's halves of shared pages.
         handle = os.open(self.path, os.O_WRONLY)
         try:
-            os.pwrite(handle, np.ascontiguousarray(values).data, array.offset + first * values[0].nbytes)
+            left = memoryview(values).cast("B")
+            while left:
+                written = os.pwrite(handle, left, offset)
+                left, offset = left[written:], offset + written
             os.fsync(handle)
         finally:
             os.close(handle)

@@ -145,11 +145,13 @@ def reconstruct_missing(
     """Reconstruct this rank's share of what is missing; on rank 0, return when everything is there."""
     # Figures of failures count once they are of this run: a file that was mended since is tried again.
     started_s = psutil.Process().create_time()
+    settled: dict[int, set[int]] = {}
 
     def finished() -> set[int]:
-        return set().union(
-            *(_images_of(job.folder, first, started_s) for first in numbered(job.folder / FIGURES, ".json"))
-        )
+        for first in numbered(job.folder / FIGURES, ".json") - settled.keys():
+            if images := _images_of(job.folder, first, started_s):
+                settled[first] = images
+        return set().union(*settled.values())
 
     division = Division(len(index), job.rows, ranks, finished, "reconstructing", stall_s=job.stall_s)
     crops = _Crops(index, config, job, division.missing(), rae.pixel_mean.device)
@@ -232,11 +234,11 @@ class _Crops:
 
 
 def _images_of(folder: Path, first: int, started_s: float) -> set[int]:
-    """Images that a unit's figures settle: all, or only those made where older figures tell of failures."""
+    """Images of a unit that is complete; none where figures of an earlier run tell of failures."""
     path = folder / FIGURES / f"{first:06d}.json"
     records = read_json(path)
-    fresh = path.stat().st_mtime >= started_s
-    return {record["number"] for record in records if fresh or "failed" not in record}
+    stale = path.stat().st_mtime < started_s and any("failed" in record for record in records)
+    return set() if stale else {record["number"] for record in records}
 
 
 def _lpips(config: Config, device: torch.device, *, say: bool) -> Lpips | None:

@@ -31,9 +31,10 @@ from rae_fast.runtime import DTYPES
 from rae_fast.sampling.accelerate import accelerate, store_for_autocast
 from rae_fast.transport.guidance import Velocity, guided_velocity
 from rae_fast.transport.objective import Transport
-from rae_fast.transport.samplers import sample
+from rae_fast.transport.samplers import ADAPTIVE, sample
 
 EXACT_BATCH = 32
+COUPLED = tuple(name for name in ADAPTIVE if name != "dopri5")
 
 
 @dataclass
@@ -60,6 +61,13 @@ class LatentSampler:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    @property
+    def rows_together(self) -> int:
+        """Samples that are integrated at once: one for solvers that choose a common step by the error of them all."""
+        sampler = self.config.sampler
+        coupled = sampler.mode.upper() == "ODE" and sampler.params.sampling_method.casefold() in COUPLED
+        return 1 if coupled else self.rows
 
     def velocity(self, labels_B: Tensor) -> Velocity:
         """The guided prediction for these labels."""
@@ -188,7 +196,7 @@ def draw_latents(sampler: LatentSampler, labels: np.ndarray, index: np.ndarray, 
     it is drawn together with.
     """
     drawn = []
-    for piece, padded in pieces(len(index), sampler.rows):
+    for piece, padded in pieces(len(index), sampler.rows_together):
         labels_B = torch.as_tensor(labels[padded], device=sampler.device)
         index_B = torch.as_tensor(index[padded], device=sampler.device)
         drawn.append(sampler.draw(labels_B, index_B, seed)[: len(piece)])

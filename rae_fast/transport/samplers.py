@@ -13,11 +13,12 @@ from torch import Tensor
 
 from rae_fast.config import SamplerSection
 from rae_fast.errors import UserError, nearest
+from rae_fast.transport.adaptive import dopri5
 from rae_fast.transport.grid import INTERVAL, scalar, time_grid
 from rae_fast.transport.objective import Transport
 from rae_fast.transport.sde import NoiseFunction, sample_sde
 
-Velocity = Callable[[Tensor, float], Tensor]  # (x_BCHW, t) -> velocity_BCHW
+Velocity = Callable[..., Tensor]  # (x_BCHW, t) -> velocity_BCHW, t a float unless said otherwise
 
 
 def euler(velocity: Velocity, x: Tensor, t: float, t_next: float) -> Tensor:
@@ -77,6 +78,7 @@ def sample_ode(
     reverse: bool = False,
     singular_at_data: bool = False,
     trajectory: bool = False,
+    per_sample: bool = False,
 ) -> Tensor:
     """Integrate dx/dt = velocity(x, t) from noise to data.
 
@@ -93,6 +95,7 @@ def sample_ode(
         reverse: from data to noise, along the same times.
         singular_at_data: the velocity is not defined at t = 0, so a step that ends there is `euler`'s.
         trajectory: return the states at all times (fixed-step methods).
+        per_sample: dopri5 gives each sample steps of its own; `velocity` then takes t as float64 [B], too.
 
     Returns:
         The state at the end, or with `trajectory` [times, B, ...].
@@ -108,7 +111,10 @@ def sample_ode(
     if name in ADAPTIVE:
         last = euler if singular_at_data and times[-1] == 0 else None
         ends = (times[0], DATA_EPS if last else times[-1])
-        x = _sample_adaptive(velocity, noise, name, ends, atol, rtol, overshoot=grid == "reference")
+        if name == "dopri5" and per_sample:
+            x = dopri5(velocity, noise, *ends, atol, rtol)
+        else:
+            x = _sample_adaptive(velocity, noise, name, ends, atol, rtol, overshoot=grid == "reference")
         return last(velocity, x, DATA_EPS, 0.0) if last else x
     if name not in FIXED_STEP:
         known = [*FIXED_STEP, *ADAPTIVE]
@@ -177,7 +183,9 @@ def sample(
             last_step_size=params.last_step_size,
         )
 
-    def velocity(x: Tensor, t: float) -> Tensor:
+    def velocity(x: Tensor, t: float | Tensor) -> Tensor:
+        if isinstance(t, Tensor):
+            return transport.velocity(prediction(x, t.float()), x, t.to(x.dtype))
         return transport.velocity(prediction(x, t), x, scalar(t))
 
     return sample_ode(
@@ -192,4 +200,5 @@ def sample(
         rtol=params.rtol,
         reverse=params.reverse,
         singular_at_data=transport.prediction == "data",
+        per_sample=True,
     )

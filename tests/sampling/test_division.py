@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rae_fast.errors import UserError
 from rae_fast.runtime import Ranks
 from rae_fast.sampling.division import Division, Writer, numbered
 
@@ -84,9 +85,9 @@ def test_the_writer_holds_two_units_at_most_and_reports_failures() -> None:
     assert 1 <= most[0] <= 3 and running[0] == 0
 
     def fail() -> None:
-        raise OSError("no room")
+        raise OSError(28, "No space left on device", "images/000001.png")
 
-    with pytest.raises(OSError, match="no room"), Writer() as writer:
+    with pytest.raises(UserError, match=r"cannot write images/000001\.png: No space left"), Writer() as writer:
         writer.submit([(fail, ())])
         writer.wait()
 
