@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from rae_fast.autoencoder.decoder import ViTDecoder, load_decoder_config
+from rae_fast.autoencoder.losses import VGG_CONVOLUTIONS, load_lpips
 from rae_fast.autoencoder.rae import build_rae
 from rae_fast.config import Config
+from rae_fast.config_file import load_config
 from rae_fast.errors import UserError
 from rae_fast.evaluation.image_sets import open_images
 from rae_fast.evaluation.images import save_npz, to_uint8
@@ -109,3 +111,22 @@ def test_a_decoder_is_measured_on_held_out_images(
     assert again["pairs_sha256"] == in_files["pairs_sha256"]
     assert report["samples"]["images"] == 40
     assert report["samples"]["decoder_sha256"] == again["samples"]["decoder_sha256"]
+
+
+def test_lpips_is_measured_by_image_with_the_weights_named(job: ReconstructionJob, tmp_path: Path) -> None:
+    generator, channels, vgg = torch.Generator().manual_seed(0), 3, {}
+    for layer, width in zip(VGG_CONVOLUTIONS, (64, 64, 128, 128, *(256,) * 3, *(512,) * 6), strict=True):
+        vgg[f"features.{layer}.weight"] = torch.randn(width, channels, 3, 3, generator=generator) / (3 * channels**0.5)
+        vgg[f"features.{layer}.bias"], channels = torch.zeros(width), width
+    torch.save(vgg, tmp_path / "vgg.pth")
+    config = load_config(None, [f"gan.loss.lpips_weights={tmp_path / 'vgg.pth'}", "runtime.device=cpu"])
+    report = evaluate_reconstruction(replace(job, metrics=("lpips",)), config, Ranks())
+    pairs = [
+        torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2) / 255 for path in (job.restored, job.originals)
+    ]
+    with torch.no_grad():
+        expected = load_lpips(str(tmp_path / "vgg.pth"))(*pairs)
+    assert report["metrics"] == {"pairs": {"lpips": pytest.approx(float(expected), rel=1e-5)}}
+    assert report["evaluators"]["lpips"]["weights_sha256"]
+    same = evaluate_reconstruction(replace(job, metrics=("lpips",), restored=job.originals), config, Ranks())
+    assert same["metrics"]["pairs"]["lpips"] == 0
