@@ -122,8 +122,7 @@ def test_killed_in_the_middle_of_500_samples_and_run_again_it_makes_the_identica
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
-        for path in folder.glob("images/*.png"):
-            kept.setdefault(path.name, path.stat().st_mtime_ns)
+        kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("images/*.png")}
     assert kills == 3 and len(kept) < count
     again = run(command(folder, settings, *flags))
     assert again.returncode == 0, again.stderr
