@@ -408,6 +408,7 @@ def main() -> None:
     if not ranks.is_main:
         return
     facts = {"model": args.model, "latent_shape": list(job.latent_shape), "ranks": ranks.world, "zero_stage": args.zero}
+    facts |= {"tokens": job.latent_shape[1] * job.latent_shape[2]}
     facts |= {"accumulation": args.accumulation, "encoder_in_baseline": args.encoder, "precision": args.precision}
     question = "How many images/s does a training step reach, and where does its time go?"
     result = make_result("train_step", question, REFERENCE, rows, device, **facts)

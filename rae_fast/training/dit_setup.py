@@ -19,7 +19,9 @@ from rae_fast.interop.official import likely_cause, read_dit_weights
 from rae_fast.latents.online import OnlineLoader, open_online_loader
 from rae_fast.latents.store import LatentStore, check_compatible, open_store
 from rae_fast.runtime import Ranks
-from rae_fast.training.batching import BatchPlan
+from rae_fast.training.batching import BatchPlan, ema_decays
+from rae_fast.training.deepspeed_setup import read_deepspeed_config, zero_stage
+from rae_fast.training.memory import advise, plan_memory
 from rae_fast.weights import load_strictly
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
@@ -168,3 +170,35 @@ def training_flops(config: Config, geometry: Geometry) -> float:
         with FlopCounterMode(display=False) as counter:
             shadow(x, torch.empty(1), y)
     return 3.0 * counter.get_total_flops()
+
+
+def out_of_memory(
+    config: Config,
+    geometry: Geometry,
+    batches: BatchPlan,
+    ranks: Ranks,
+    device: torch.device,
+    error: torch.OutOfMemoryError,
+) -> UserError:
+    """What ran out of a GPU's memory, and what would fit by the planner's arithmetic."""
+    with torch.device("meta"):
+        model = build_model(config, geometry)
+    deepspeed = config.runtime.engine == "deepspeed"
+    plan = plan_memory(
+        model,
+        micro_batch=batches.micro_batch,
+        world=ranks.world,
+        zero_stage=zero_stage(read_deepspeed_config(config.deepspeed)) if deepspeed else 0,
+        averages=len(ema_decays(config.training)),
+        value_bytes=2 if config.runtime.precision == "bf16" else 4,
+        checkpointing=config.runtime.activation_checkpointing,
+    )
+    available = torch.cuda.get_device_properties(device).total_memory
+    advice = advise(plan, available)
+    if not deepspeed and "deepspeed." in advice:
+        advice += " runtime.engine=deepspeed"
+    return UserError(
+        f"out of GPU memory with training.batch_size={batches.micro_batch}: {str(error).split('. ')[0]}",
+        "",
+        f"{advice} (global_batch_size stays: accumulation makes up for it)",
+    )

@@ -24,7 +24,6 @@ from rae_fast import rng
 from rae_fast.autoencoder.rae import RAE
 from rae_fast.config import Config
 from rae_fast.dit.fused import prepare_kernels
-from rae_fast.errors import UserError
 from rae_fast.latents.loader import BatchStream, LatentBatch, build_loader
 from rae_fast.latents.store import LatentStore
 from rae_fast.rng import Stream
@@ -37,17 +36,16 @@ from rae_fast.training.batching import (
     plan_batches,
 )
 from rae_fast.training.checkpoint import Checkpointer
-from rae_fast.training.deepspeed_setup import read_deepspeed_config, zero_stage
 from rae_fast.training.dit_setup import (
     TrainingData,
     build_model,
     load_pretrained,
     open_training_data,
+    out_of_memory,
     training_flops,
 )
 from rae_fast.training.engine import RECORD, Engine
 from rae_fast.training.export import export_weights
-from rae_fast.training.memory import advise, plan_memory
 from rae_fast.training.monitor import Monitor, peak_flops
 from rae_fast.training.online_evaluation import OnlineEvaluation
 from rae_fast.training.pairs import PairMaker
@@ -93,7 +91,7 @@ def train_dit(config: Config, ranks: Ranks | None = None, *, name: str = "dit") 
             run = DiTRun(config, data, batches, ranks, device, folder)
             return run.train(signals)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(config, data, batches, ranks, device, error) from error
+            raise out_of_memory(config, data.geometry, batches, ranks, device, error) from error
         finally:
             if run is not None:
                 run.close()
@@ -388,32 +386,3 @@ class DiTRun:
             )
         facts = {"step": self.engine.steps, "steps": self.total_steps, "finished": finished}
         return {**facts, "run_folder": str(self.folder)}
-
-
-def out_of_memory(
-    config: Config,
-    data: TrainingData,
-    batches: BatchPlan,
-    ranks: Ranks,
-    device: torch.device,
-    error: torch.OutOfMemoryError,
-) -> UserError:
-    """What ran out, and what would fit."""
-    with torch.device("meta"):
-        model = build_model(config, data.geometry)
-    deepspeed = config.runtime.engine == "deepspeed"
-    plan = plan_memory(
-        model,
-        micro_batch=batches.micro_batch,
-        world=ranks.world,
-        zero_stage=zero_stage(read_deepspeed_config(config.deepspeed)) if deepspeed else 0,
-        averages=len(ema_decays(config.training)),
-        value_bytes=2 if config.runtime.precision == "bf16" else 4,
-        checkpointing=config.runtime.activation_checkpointing,
-    )
-    available = torch.cuda.get_device_properties(device).total_memory
-    return UserError(
-        f"out of GPU memory with training.batch_size={batches.micro_batch}: {str(error).split('. ')[0]}",
-        "",
-        f"{advise(plan, available)} (global_batch_size stays: accumulation makes up for it)",
-    )

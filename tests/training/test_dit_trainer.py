@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from rae_fast.config import Config, Scheduler, Stage2
 from rae_fast.dit.registry import build_dit
 from rae_fast.errors import UserError
+from rae_fast.evaluation.run_report import write_run_report
 from rae_fast.geometry import Geometry, dit_params, resolve_geometry
 from rae_fast.interop.official import load_dit_weights
 from rae_fast.training import dit_setup, dit_trainer
@@ -145,6 +146,12 @@ def test_ema_distance_is_logged_at_log_lines(undisturbed, tiny_config, tmp_path)
     online, ema = (torch.cat([content[kind][n].flatten() for n in trained]) for kind in ("model", "ema"))
     assert last["ema_distance_0.9"] == pytest.approx(((ema - online).norm() / online.norm()).item(), rel=1e-5)
     assert 0 < last["ema_distance_0.5"] < last["ema_distance_0.9"]
+
+
+def test_report_of_a_run_shows_curves_identity_and_checkpoints(undisturbed, pristine_store):
+    page = write_run_report(undisturbed).read_text()
+    for said in (str(pristine_store), "step-0000012", "loss by timestep", "relative distance of the EMA", "images/s"):
+        assert said in page
 
 
 def test_fine_tuning_starts_from_the_given_weights(tiny_config, undisturbed, tmp_path):
