@@ -130,6 +130,17 @@ PARTS: dict[int, tuple[str, tuple[Step, ...]]] = {
             ),
         ),
     ),
+    10: (
+        "sampling: batches, graphs and compilation to the bit; images/s against the reference's way",
+        (
+            Step("tests of sampling", "-m pytest -m gpu tests/sampling/test_on_gpu.py", ("pytest",), 120),
+            Step(
+                "sampling XL",
+                "benchmarks/sampling.py --size DiTDH-XL --batch 32 --rounds 2 --precision bf16 --compile "
+                "--cuda-graphs --output {results}/sampling-DiTDH-XL.json",
+            ),
+        ),
+    ),
 }
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 from rae_fast.autoencoder.decoder import ViTDecoder, load_decoder_config
 from rae_fast.config import Config
-from rae_fast.config_file import load_config
 from rae_fast.dit.registry import build_dit
 
 DIT = {"hidden_size": [32, 32], "depth": [2, 1], "num_heads": [2, 2], "class_dropout_prob": 0.1}
@@ -88,4 +87,6 @@ def settings(model_files: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def config(settings: list[str]) -> Config:
+    from rae_fast.config_file import load_config  # not at the top: a bare GPU machine has no omegaconf
+
     return load_config(None, settings)

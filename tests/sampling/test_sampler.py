@@ -15,7 +15,7 @@ from rae_fast.dit.registry import build_dit
 from rae_fast.errors import UserError
 from rae_fast.geometry import resolve_geometry
 from rae_fast.sampling import LatentSampler, decode_images, draw_images, draw_latents, load_sampler
-from rae_fast.sampling.accelerate import CudaGraphs, accelerate, store_for_autocast
+from rae_fast.sampling.accelerate import accelerate, store_for_autocast
 from rae_fast.sampling.sampler import pieces
 
 CPU = torch.device("cpu")
@@ -139,48 +139,3 @@ def test_every_block_of_model_and_guide_would_be_compiled_on_a_gpu(config: Confi
     model = sampler_of(config).model
     accelerate(model, torch.device("cuda"), compiled=True, cuda_graphs=False)
     assert all(block._compiled_call_impl is not None for block in model.blocks)
-
-
-# --- on a GPU -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_on_a_gpu_images_do_not_depend_on_the_batch(config: Config, precision: str) -> None:
-    config = in_precision(replace(config, runtime=replace(config.runtime, device="cuda")), precision)
-    few, many = (in_batches(config, size, torch.device("cuda")).astype(int) for size in (7, 64))
-    assert np.abs(few - many).max() <= (precision == "bf16")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_cuda_graphs_replay_the_bits_of_plain_passes(config: Config, precision: str) -> None:
-    config, device = in_precision(config, precision), torch.device("cuda")
-    plain, graphed = sampler_of(config, device), sampler_of(config, device, cuda_graphs=True)
-    for seed in (0, 1):
-        expected = draw_latents(plain, LABELS, np.arange(COUNT), seed)
-        assert torch.equal(draw_latents(graphed, LABELS, np.arange(COUNT), seed), expected)
-    recorded: CudaGraphs = graphed.model.forward
-    assert len(recorded._recordings) == 1 and not recorded._failed
-
-
-@pytest.mark.gpu
-def test_compiled_and_graphed_passes_agree_with_plain_ones(config: Config) -> None:
-    device = torch.device("cuda")
-    compiled = replace(config, runtime=replace(config.runtime, compile=True))
-    plain, fast = sampler_of(config, device), sampler_of(compiled, device, cuda_graphs=True)
-    expected = draw_latents(plain, LABELS, np.arange(COUNT), 0)
-    torch.testing.assert_close(draw_latents(fast, LABELS, np.arange(COUNT), 0), expected, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.gpu
-def test_steps_do_not_wait_for_the_gpu(config: Config) -> None:
-    device = torch.device("cuda")
-    sampler = sampler_of(config, device)
-    labels, index = torch.zeros(4, dtype=torch.int64, device=device), torch.arange(4, device=device)
-    noise = sampler.noise(index, 0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        sampler.integrate(noise, labels, lambda step: sampler.noise(index, 0, step + 1))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
