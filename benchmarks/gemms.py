@@ -58,9 +58,9 @@ def shapes(model: Model, samples: int) -> dict[str, tuple[int, int, int]]:
             made[f"{name} w12 {hidden}"] = (rows, width, 2 * hidden)
             made[f"{name} w3 {hidden}"] = (rows, hidden, width)
         if stack.per_token:
-            made[f"{name} modulation"] = (rows, width, 6 * width)
+            made[f"{name} modulation"] = (rows, width, stack.parts * width)
     final = model.final_width
-    made |= {"final modulation": (rows, final, 2 * final), "final": (rows, final, model.patch_values)}
+    made |= {"final modulation": (rows, final, 2 * final), "final": (rows, final, model.out_values)}
     return made | {"embed": (rows, model.patch_values, model.trunk.width)}
 
 
@@ -78,7 +78,7 @@ def product_rows(name: str, rows: int, inputs: int, outputs: int) -> list[dict[s
 def modulation_rows(stack: Stack, samples: int) -> list[dict[str, Any]]:
     """All blocks' modulations of one condition per sample: in turn, at once, and joined first."""
     condition = _random(samples, stack.width).requires_grad_()
-    weights = [_random(6 * stack.width, stack.width).requires_grad_() for _ in range(stack.depth)]
+    weights = [_random(stack.parts * stack.width, stack.width).requires_grad_() for _ in range(stack.depth)]
     joined = torch.cat([w.detach() for w in weights]).requires_grad_()
     upstream = _random(samples, len(joined))
 

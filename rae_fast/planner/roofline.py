@@ -35,6 +35,8 @@ class Stack:
         swiglu: three matrices in the feed-forward, else two.
         per_token: modulation of each token, else of each sample.
         stream_bytes: bytes of a number of the residual stream.
+        parts: modulations of a block: 6, or 4 without shifts.
+        norm_parameters: of a block's norms.
     """
 
     width: int
@@ -43,6 +45,8 @@ class Stack:
     swiglu: bool
     per_token: bool
     stream_bytes: int
+    parts: int
+    norm_parameters: int
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,19 @@ class Model:
         trunk: the deep stack; all of LightningDiT.
         head: DiTDH's wide stack, or None.
         tokens: N.
-        patch_values: values of one token's patch, in and out.
+        patch_values: values of one token's patch.
+        out_values: what the last layer makes of a token: a patch, or two where the variance is learnt.
         classes: rows of the label table.
+        rmsnorm: norms have a weight, else they are LayerNorms without one.
     """
 
     trunk: Stack
     head: Stack | None
     tokens: int
     patch_values: int
+    out_values: int
     classes: int
+    rmsnorm: bool
 
     @property
     def final_width(self) -> int:
@@ -105,22 +113,30 @@ def from_config(config: Config) -> Model:
 def from_params(kind: str, params: dict[str, object]) -> Model:
     """From the constructor arguments of DiTDH or LightningDiT."""
     head = kind == "DiTDH"
-    defaults = {"hidden_size": [1152, 2048] if head else 1152, "depth": [28, 2] if head else 28, "patch_size": 1}
-    given = defaults | {"mlp_ratio": 4.0, "use_swiglu": True, "in_channels": 768, "num_classes": 1000} | params
-    widths, depths = (_pair(given[name]) for name in ("hidden_size", "depth"))
-    patch, swiglu = _pair(given["patch_size"])[0], bool(given["use_swiglu"])
+    defaults = {"hidden_size": [1152, 2048] if head else 1152, "depth": [28, 2] if head else 28, "num_heads": 16}
+    defaults |= {"input_size": 1 if head else 16, "patch_size": 1, "in_channels": 768, "num_classes": 1000}
+    given = defaults | {"mlp_ratio": 4.0, "use_swiglu": True, "use_rmsnorm": True, "class_dropout_prob": 0.1} | params
+    widths, depths, heads = (_pair(given[name]) for name in ("hidden_size", "depth", "num_heads"))
+    swiglu, rmsnorm, qknorm = (bool(given.get(name)) for name in ("use_swiglu", "use_rmsnorm", "use_qknorm"))
+    patch = _pair(given["patch_size"])[0]
 
     def stack(which: int, per_token: bool, stream_bytes: int) -> Stack:
-        hidden = int(widths[which] * float(given["mlp_ratio"]))
+        width, hidden = widths[which], int(widths[which] * float(given["mlp_ratio"]))
         hidden = int(2 / 3 * hidden) if swiglu else hidden
-        return Stack(widths[which], depths[which], hidden, swiglu, per_token, stream_bytes)
+        # Of queries and keys each: a weight, and LayerNorm's bias.
+        norms = 2 * width * rmsnorm + 2 * qknorm * (1 if rmsnorm else 2) * (width // heads[which])
+        parts = 4 if given.get("wo_shift") else 6
+        return Stack(width, depths[which], hidden, swiglu, per_token, stream_bytes, parts, norms)
 
+    patch_values = patch**2 * int(given["in_channels"])
     return Model(
         trunk=stack(0, False, FP32),
         head=stack(1, True, BF16) if head else None,
         tokens=(int(given["input_size"]) // patch) ** 2,
-        patch_values=patch**2 * int(given["in_channels"]),
-        classes=int(given["num_classes"]) + (float(given.get("class_dropout_prob", 0.1)) > 0),
+        patch_values=patch_values,
+        out_values=patch_values * (2 if given.get("learn_sigma") else 1),
+        classes=int(given["num_classes"]) + (float(given["class_dropout_prob"]) > 0),
+        rmsnorm=rmsnorm,
     )
 
 
@@ -133,7 +149,7 @@ def block_linear_flops(stack: Stack, tokens: int) -> float:
     """Forward FLOPs of one block's linear maps for one sample: 2 for each weight and row."""
     attention = 4 * stack.width**2
     feed_forward = (3 if stack.swiglu else 2) * stack.width * stack.hidden
-    modulation = 6 * stack.width**2 * (tokens if stack.per_token else 1)
+    modulation = stack.parts * stack.width**2 * (tokens if stack.per_token else 1)
     return 2.0 * (tokens * (attention + feed_forward) + modulation)
 
 
@@ -173,7 +189,7 @@ def _first_linear_flops(model: Model) -> float:
 def _inner_linear_flops(model: Model) -> float:
     blocks = sum(stack.depth * block_linear_flops(stack, model.tokens) for stack in stacks(model))
     final_rows = model.tokens if model.head else 1
-    last = 2 * model.final_width**2 * final_rows + model.tokens * model.final_width * model.patch_values
+    last = 2 * model.final_width**2 * final_rows + model.tokens * model.final_width * model.out_values
     projected = model.head is not None and model.head.width != model.trunk.width
     between = model.tokens * model.trunk.width * model.final_width if projected else 0
     return blocks + 2.0 * (model.trunk.width**2 + last + between)
@@ -185,10 +201,10 @@ def parameters(model: Model) -> int:
     for stack in stacks(model):
         feed_forward = stack.width * stack.hidden * (3 if stack.swiglu else 2)
         feed_forward += stack.hidden * (2 if stack.swiglu else 1) + stack.width
-        one = 4 * stack.width**2 + 4 * stack.width + feed_forward + 6 * stack.width * (stack.width + 1)
-        total += stack.depth * (one + 2 * stack.width) + (model.patch_values + 1) * stack.width
+        one = 4 * stack.width**2 + 4 * stack.width + feed_forward + stack.parts * stack.width * (stack.width + 1)
+        total += stack.depth * (one + stack.norm_parameters) + (model.patch_values + 1) * stack.width
     width, trunk = model.final_width, model.trunk.width
-    total += width + (width + 1) * model.patch_values + 2 * width * (width + 1)
+    total += width * model.rmsnorm + (width + 1) * model.out_values + 2 * width * (width + 1)
     total += (2 * FOURIER + 1) * trunk + (trunk + 1) * trunk + model.classes * trunk
     return total + ((trunk + 1) * width if model.head and width != trunk else 0)
 
@@ -202,7 +218,7 @@ def block_bytes(stack: Stack, tokens: int) -> tuple[float, float]:
     3 F in, 3 F out.
     """
     channels, hidden = tokens * stack.width, tokens * stack.hidden
-    modulation = 3 * BF16 if stack.per_token else 0
+    modulation = stack.parts // 2 * BF16 if stack.per_token else 0
     norm_forward = 2 * (2 * stack.stream_bytes + 2 * BF16 + modulation)
     norm_backward = 2 * (3 * stack.stream_bytes + 3 * BF16 + modulation * 5 / 3)
     gate_in, gate_back = (3, 6) if stack.swiglu else (2, 3)

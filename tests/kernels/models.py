@@ -10,16 +10,16 @@ from rae_fast.dit import build_dit
 CHANNELS, CLASSES = 6, 5
 
 
-def small_model(**changes: object) -> nn.Module:
+def small_model(std: float = 0.2, **changes: object) -> nn.Module:
     """A DiTDH of two trunk blocks and a head block with random weights everywhere, also where it would begin at zero.
 
-    A kernel on a branch whose gate is zero would have no influence.
+    A kernel on a branch whose gate is zero would have no influence. `std` should fall with the width.
     """
     torch.manual_seed(0)
     params = {"input_size": 4, "in_channels": CHANNELS, "hidden_size": [16, 24], "depth": [2, 1], "num_heads": [2, 2]}
     model = build_dit("DiTDH", {**params, "num_classes": CLASSES, "class_dropout_prob": 0.0, **changes})
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
+        nn.init.normal_(parameter, std=std)
     return model
 
 

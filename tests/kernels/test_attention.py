@@ -8,12 +8,7 @@ from rae_kernels import attention as op
 from rae_kernels.attention import Given
 from torch import Tensor
 
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-
-
-def relative_error(result: Tensor, reference: Tensor) -> float:
-    """Frobenius norm of the difference over the reference's, in float64; NaN anywhere gives NaN."""
-    return ((result.double() - reference).norm() / reference.norm()).item()
+from .exactness import TOLERANCE, poison_new_tensors, relative_error
 
 
 def random_given(
@@ -111,13 +106,6 @@ def test_queries_and_keys_in_tiles_of_different_size(monkeypatch: pytest.MonkeyP
 def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     poison_new_tensors(monkeypatch)
     check((1, 70, 1, 72), torch.float32, "cpu", norm=True)
-
-
-def poison_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is newly allocated holds NaN until a kernel writes there."""
-    empty, empty_like = Tensor.new_empty, torch.empty_like
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: empty(self, *a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
 
 
 @pytest.mark.parametrize("norm", [False, True])

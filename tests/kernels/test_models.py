@@ -17,15 +17,12 @@ from rae_fast.dit.blocks import PLAIN, AdaLNBlock, SwiGLU
 from rae_fast.dit.embed import RotaryTable
 from rae_fast.dit.fused import FUSED, TORCH, TRITON, use_kernels
 
+from .exactness import relative_error
 from .models import small_model
 
 STAGE_2 = Path(__file__).parents[1] / "golden" / "data" / "stage2"
 FILES = sorted(path.stem for pattern in ("ddt_*.npz", "ldit_*.npz") for path in STAGE_2.glob(pattern))
 FORWARD_GATE, GRADIENT_GATE = 1e-5, 5e-5
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
 def load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -8,13 +8,9 @@ from rae_kernels import norm_modulate as op
 from rae_kernels.norm_modulate import Terms
 from torch import Tensor
 
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+from .exactness import TOLERANCE, poison_new_tensors, relative_error
+
 NAMES = ("x", "branch", "gate", "bias", "scale", "shift", "weight")
-
-
-def relative_error(result: Tensor, reference: Tensor) -> float:
-    """Frobenius norm of the difference over the reference's, in float64; NaN anywhere gives NaN."""
-    return ((result.double() - reference).norm() / reference.norm()).item()
 
 
 def random_terms(
@@ -120,16 +116,6 @@ def test_every_output_is_written_and_nothing_beyond_it(monkeypatch: pytest.Monke
     poison_new_tensors(monkeypatch)
     check((2, 6, 100), False, "whole", True, torch.float32, torch.float32, "cpu")
     check((2, 6, 100), True, "whole", False, torch.float32, torch.float32, "cpu")
-
-
-def poison_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `new_empty` gives holds NaN until a kernel writes there."""
-    empty = Tensor.new_empty
-
-    def poisoned(self: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return empty(self, *args, **kwargs).fill_(float("nan"))
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
 
 @pytest.mark.parametrize("form", FORMS)

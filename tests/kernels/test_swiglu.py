@@ -8,13 +8,9 @@ import torch.nn.functional as F
 from rae_kernels import swiglu as op
 from torch import Tensor
 
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+from .exactness import TOLERANCE, poison_new_tensors, relative_error
+
 NAMES = ("x12", "bias", "weight", "weight_bias")
-
-
-def relative_error(result: Tensor, reference: Tensor) -> float:
-    """Frobenius norm of the difference over the reference's, in float64; NaN anywhere gives NaN."""
-    return ((result.double() - reference).norm() / reference.norm()).item()
 
 
 def random_inputs(rows: int, hidden: int, width: int, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -63,8 +59,7 @@ def test_many_programs_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.interpreter
 def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: empty(self, *a, **k).fill_(float("nan")))
+    poison_new_tensors(monkeypatch)
     check(3, 40, torch.float32, "cpu")
 
 
@@ -82,6 +77,5 @@ def test_the_registration_is_complete() -> None:
 @pytest.mark.parametrize("hidden", [1024, 1365, 3072, 5504])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_gpu_matches_float64(monkeypatch: pytest.MonkeyPatch, hidden: int, dtype: torch.dtype) -> None:
-    empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: empty(self, *a, **k).fill_(float("nan")))
+    poison_new_tensors(monkeypatch)
     check(100, hidden, dtype, "cuda")

@@ -88,8 +88,8 @@ def test_kernels_train_under_every_stage_of_zero(stage: int) -> None:
 
 @pytest.mark.gpu
 def test_a_hundred_bfloat16_steps_on_a_gpu_give_the_plain_loss_curve() -> None:
-    changes = {"input_size": 8, "hidden_size": [144, 256], "num_heads": [2, 2]}
+    changes = {"std": 0.05, "input_size": 8, "hidden_size": [144, 256], "num_heads": [2, 2]}
     found = curves(100, 32, changes, device="cuda", dtype=torch.bfloat16)
     torch.testing.assert_close(found[TRITON], found[TORCH], rtol=3e-2, atol=0.0)
     torch.testing.assert_close(found[TRITON].mean(), found[TORCH].mean(), rtol=5e-3, atol=0.0)
-    assert found[TRITON][-10:].mean() < 0.8 * found[TRITON][:10].mean()
+    assert found[TRITON][-10:].mean() < 0.9 * found[TRITON][:10].mean()

@@ -18,6 +18,10 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("DiTDH-S", {"input_size": 4, "use_swiglu": False, "in_channels": 32, "class_dropout_prob": 0.0}),
     ("LightningDiT-S", {"input_size": 8, "patch_size": 2, "in_channels": 16}),
     ("DiTDH", {"input_size": 4, "hidden_size": 128, "depth": [2, 1], "num_heads": 2, "in_channels": 24}),
+    ("DiTDH-S", {"input_size": 4, "wo_shift": True, "use_qknorm": True, "mlp_ratio": 3.0}),
+    ("DiTDH-S", {"input_size": 4, "use_rmsnorm": False, "use_qknorm": True, "use_rope": False, "use_pos_embed": False}),
+    ("LightningDiT-S", {"learn_sigma": True, "use_rmsnorm": False, "in_channels": 8}),
+    ("LightningDiT", {"hidden_size": 64, "depth": 2, "num_heads": 4, "use_swiglu": False, "wo_shift": True}),
 ]
 
 
@@ -33,7 +37,7 @@ def described(target: str, params: dict[str, Any]) -> Any:
 def test_flops_and_parameters_are_those_that_torch_counts(target: str, params: dict[str, Any]) -> None:
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
         model = build_dit(target, params).train()
-        side, channels = params["input_size"], params.get("in_channels", 768)
+        side, channels = model.input_size, model.in_channels
         x, y = torch.empty(1, channels, side, side), torch.zeros(1, dtype=torch.int64)
         with FlopCounterMode(display=False) as forward:
             out = model(x, torch.empty(1), y, labeldrop_u=torch.empty(1))
