@@ -189,7 +189,7 @@ def load_lpips(path: str | None = None) -> Lpips:
         raise UserError(
             f"LPIPS needs VGG16 weights, and {path or _cached_vgg()} does not exist",
             f"torchvision's {VGG_FILE}",
-            f"curl -o {path or _cached_vgg()} {VGG_URL}, or name the file in gan.loss.lpips_weights, "
+            f"curl --create-dirs -o {path or _cached_vgg()} {VGG_URL}, or name the file in gan.loss.lpips_weights, "
             "or set gan.loss.perceptual=encoder",
         )
     try:
