@@ -64,16 +64,27 @@ def likely_cause(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
         return "this is a stage-1 checkpoint: give it as stage_1.ckpt"
     if ("s_embedder.proj.weight" in wanted) != ("s_embedder.proj.weight" in found):
         return "one is a DiTDH and the other a LightningDiT: check stage_2.target"
-    for key, parameter in (
-        ("y_embedder.embedding_table.weight", "num_classes or class_dropout_prob (0 leaves the null row out)"),
-        ("pos_embed", "input_size, patch_size or hidden_size"),
-        ("x_embedder.proj.weight", "in_channels, patch_size or hidden_size"),
-    ):
-        if key in wanted and key in found and wanted[key].shape != found[key].shape:
-            return f"check stage_2.params: {parameter}"
-    if _blocks(wanted) != _blocks(found):
-        return f"check stage_2.params.depth: {_blocks(wanted)} blocks configured, {_blocks(found)} in the file"
-    return "check stage_2.params: mlp_ratio, use_qknorm, use_swiglu, use_rope, use_rmsnorm, wo_shift, use_pos_embed"
+    flags = "mlp_ratio, use_qknorm, use_swiglu, use_rope, use_rmsnorm, wo_shift, use_pos_embed"
+    return f"check stage_2.params: {', '.join(_differing_sizes(wanted, found)) or flags}"
+
+
+def _differing_sizes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """The constructor arguments that differ, as far as one tensor each tells them."""
+    sizes = (
+        ("hidden_size", "y_embedder.embedding_table.weight", 1),
+        ("hidden_size", "x_embedder.proj.weight", 0),
+        ("num_classes or class_dropout_prob (0 leaves the null row out)", "y_embedder.embedding_table.weight", 0),
+        ("input_size or patch_size, by tokens", "pos_embed", 1),
+        ("in_channels", "x_embedder.proj.weight", 1),
+        ("patch_size", "x_embedder.proj.weight", 2),
+    )
+    pairs = [("depth, in blocks", _blocks(wanted), _blocks(found))]
+    pairs += [
+        (name, wanted[key].shape[i], found[key].shape[i])
+        for name, key, i in sizes
+        if key in wanted and key in found and found[key].ndim > i
+    ]
+    return [f"{name} ({ours} configured, {theirs} in the file)" for name, ours, theirs in pairs if ours != theirs]
 
 
 def check_dit(path: str | Path, config_file: str | Path, which: str = "ema") -> None:
