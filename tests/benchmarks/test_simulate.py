@@ -34,7 +34,7 @@ def test_slow_loaders_set_the_pace_once_their_stock_is_gone(simulation: ModuleTy
 
 def test_prefetched_batches_bridge_one_slow_read(simulation: ModuleType) -> None:
     """A read of 4 steps' length is hidden by a stock of 4, and not by a stock of 1."""
-    base = simulation.Cluster(1, [0.05], [0.01], 0.0, slow_read=(0.02, 20.0))
+    base = simulation.Cluster(1, [0.05], [0.01], 0.0, slow_read=(0.02, 0.19))
     bridged = simulation.simulate(replace(base, prefetch=4), 4000)[1][10:].sum()
     exposed = simulation.simulate(replace(base, prefetch=1), 4000)[1][10:].sum()
     assert bridged < 0.25 * exposed
