@@ -134,7 +134,7 @@ def test_broken_files_are_refused_by_name(tmp_path: Path) -> None:
         ({"input_size": 8}, "input_size"),
         ({"in_channels": 4}, "in_channels"),
         ({"depth": [3, 1]}, r"depth, in blocks \(4 configured, 3 in the file\)$"),
-        ({"hidden_size": [32, 24], "depth": [3, 1]}, r"params: depth, [^)]*\), hidden_size \(32 configured, 16[^)]*\)$"),
+        ({"hidden_size": [32, 24], "depth": [3, 1]}, r"params: depth, [^)]*\), hidden_size \(32 configured[^)]*\)$"),
         ({"hidden_size": [16, 48]}, r"params: hidden_size \(48 configured, 24 in the file\)$"),
         ({"use_qknorm": True}, "use_qknorm"),
         ({"use_swiglu": False}, "use_swiglu"),
