@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=decode.default_threads(), help="workers, and cores, of each")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--sweep", action="store_true", help="also try hw_decoder_load and batch sizes (cuda)")
+    parser.add_argument("--sweep", action="store_true", help="also try hw_decoder_load, threads and batch sizes")
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
@@ -91,6 +92,10 @@ def main() -> None:
         print(
             f"{entry['name']}: {entry['cpu_ms_per_image']} CPU ms an image, {entry['ratio_by_cpu_time']}x by CPU time"
         )
+    swept = [entry for entry in result["rows"] if entry["name"].startswith("data.crop=")]
+    if swept:
+        best = max(swept, key=lambda entry: entry["median"])
+        print(f"fastest: {best['name']} ({best['median']:,.0f} images/s); compare with benchmarks/encode.py")
     if args.out:
         write_result(args.out, result)
 
@@ -107,11 +112,22 @@ def contenders(index: ImageIndex, source: str, args: argparse.Namespace) -> dict
         "fast": partial(ours, crop_mode="fast"),
     }
     if args.sweep:
-        for batch_size in SWEEP_BATCHES:
-            for load in SWEEP_HW_LOADS:
-                name = f"fast, batch {batch_size}, hw_decoder_load {load}"
-                found[name] = partial(ours, crop_mode="fast", batch_size=batch_size, hw_decoder_load=load)
+        for mode, load, threads, batch_size in sweep_settings(args.device, args.threads):
+            settings = {"crop_mode": mode, "hw_decoder_load": load, "threads": threads, "batch_size": batch_size}
+            found[sweep_name(mode, load, threads, batch_size)] = partial(ours, **settings)
     return found
+
+
+def sweep_settings(device: str, threads: int) -> list[tuple[str, float, int, int]]:
+    """(crop mode, hw_decoder_load, threads, batch) to try; the load means something on a GPU only."""
+    loads = SWEEP_HW_LOADS if torch.device(device).type == "cuda" else SWEEP_HW_LOADS[:1]
+    settings = [("fast", *rest) for rest in product(loads, sorted({max(1, threads // 2), threads}), SWEEP_BATCHES)]
+    return settings + [("exact", loads[0], threads, batch_size) for batch_size in SWEEP_BATCHES]
+
+
+def sweep_name(mode: str, load: float, threads: int, batch_size: int) -> str:
+    """A sweep's row, as the overrides that a build takes."""
+    return f"data.crop={mode} data.hw_decoder_load={load} data.threads={threads} data.batch_size={batch_size}"
 
 
 class Measured(NamedTuple):

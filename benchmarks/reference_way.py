@@ -27,7 +27,7 @@ from rae_fast.dit.registry import build_dit
 from rae_fast.geometry import Geometry, dit_params
 from rae_fast.images.crop import center_crop_pil
 from rae_fast.latents.encode import LatentEncoder
-from rae_fast.latents.normalization import load_statistics
+from rae_fast.latents.stats import load_statistics
 from rae_fast.runtime import Ranks, set_precision
 from rae_fast.training.deepspeed_setup import join_single_process_group
 from rae_fast.training.engine import wrap_ddp

@@ -20,7 +20,7 @@ from rae_fast.latents.store import LatentStore
 from rae_fast.progress import Progress
 from rae_fast.runtime import Ranks
 
-POLL_S = 0.1
+POLL_S, REMOTE_POLL_S = 0.1, 2.0  # each look at an object store is a request
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Build:
         """
         while not ready():
             self.stop()
-            time.sleep(POLL_S)
+            time.sleep(POLL_S if self.storage.is_local else REMOTE_POLL_S)
 
     def normalize(self, raw_BCHW: Tensor) -> Tensor:
         """(z - mean) / sqrt(var + eps) in float32, on the device where the latents are."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import google_crc32c
 import numpy as np
 
 from rae_fast.latents.gather import gather_or_none
@@ -19,6 +18,8 @@ def crc32c(data: bytes | bytearray | memoryview | np.ndarray, start: int = 0) ->
         flat = np.frombuffer(data, np.uint8)
     library = gather_or_none()
     if library is None:
+        import google_crc32c
+
         return google_crc32c.extend(start, flat)
     return library.rae_crc32c(flat.ctypes.data, flat.nbytes, start)
 

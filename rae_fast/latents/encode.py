@@ -72,14 +72,18 @@ class StageTimes:
     encode_s: float = 0.0
     write_s: float = 0.0
 
+    def by_stage(self) -> dict[str, float]:
+        """The seconds by the stage's name."""
+        return {"decode": self.decode_s, "encode": self.encode_s, "write": self.write_s}
+
     def limits(self) -> str:
         """The stage that limits, and its share of the time."""
-        shares = {"decode": self.decode_s, "encode": self.encode_s, "write": self.write_s}
-        total = sum(shares.values())
-        if total <= 0:
+        waits_s = self.by_stage()
+        total_s = sum(waits_s.values())
+        if total_s <= 0:
             return "-"
-        worst = max(shares, key=lambda stage: shares[stage])
-        return f"{worst} {shares[worst] / total:.0%}"
+        worst = max(waits_s, key=lambda stage: waits_s[stage])
+        return f"{worst} {waits_s[worst] / total_s:.0%}"
 
 
 class LatentEncoder:

@@ -8,6 +8,7 @@ Shapes: N images, B a batch of them, C, H, W of a latent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from rae_fast.progress import Progress
 from rae_fast.provenance import atomic_write
 
 EXPORT_BATCH = 256
-ROWS_A_FILE = 10_000  # of LightningDiT's own files
+ROWS_A_FILE = 10_000  # of LightningDiT's own files, whose latents are 24 times smaller
+FILE_BYTES = 1 << 30  # a file is gathered in memory
 FORMATS = ("safetensors", "npy")
 NAMES = {"original": "latents", "hflip": "latents_flip"}
 
@@ -75,7 +77,8 @@ def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def _write_safetensors(store: LatentStore, rows: np.ndarray, folder: Path, advance: Callable[[int], None]) -> None:
-    for number, part in enumerate(_batches(rows, ROWS_A_FILE)):
+    row_bytes = 4 * prod(store.latent_shape) * len(store.views)
+    for number, part in enumerate(_batches(rows, max(1, min(ROWS_A_FILE, FILE_BYTES // row_bytes)))):
         tensors = {
             NAMES[view]: torch.cat([raw_latents(store, batch, view) for batch in _batches(part, EXPORT_BATCH)])
             for view in store.views

@@ -19,9 +19,9 @@ from rae_fast.images.decode import ImageBatch, ImagePipeline, RandomCrop
 from rae_fast.images.index import ImageIndex, build_index
 from rae_fast.latents.encode import LatentEncoder
 from rae_fast.latents.loader import FLIP_PROBABILITY, BatchStream, LatentBatch
-from rae_fast.latents.normalization import load_statistics
 from rae_fast.latents.order import Order, choose_rows
 from rae_fast.latents.plan import COMPUTED, NONE, normalization, statistics_path
+from rae_fast.latents.stats import load_statistics
 from rae_fast.latents.store import open_store
 from rae_fast.runtime import Ranks
 

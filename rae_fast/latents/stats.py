@@ -11,15 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rae_fast.errors import UserError
+from rae_fast.latents.layout import single_chunk_key
+from rae_fast.latents.storage import Storage
 from rae_fast.provenance import atomic_write
 
 BLOCK = 16
+MEAN, VAR = (single_chunk_key(f"stats/{name}", 3) for name in ("mean", "var"))
 
 
 class LatentStatistics:
@@ -141,3 +145,30 @@ def save_statistics(path: str | Path, mean: Tensor | None, var: Tensor | None) -
     }
     with atomic_write(path) as file:
         torch.save(kept, file)
+
+
+def load_statistics(path: str, latent_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and variance float32 [C, H, W] of a `stat.pt`; either may be missing in it (0 and 1 then).
+
+    Raises:
+        UserError: it is not such a file, or of another size.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = {name: content.get(name) for name in ("mean", "var")}
+    except (OSError, RuntimeError, ValueError, AttributeError, EOFError, UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read: {error}", "a stat.pt with `mean` and `var`") from error
+    filled = []
+    for name, default in (("mean", 0.0), ("var", 1.0)):
+        value = torch.tensor(default) if found[name] is None else found[name].float()
+        try:
+            filled.append(value.broadcast_to(latent_shape))
+        except RuntimeError as error:
+            raise UserError(f"{path}: {name} has shape {list(value.shape)}", f"{list(latent_shape)}") from error
+    return filled[0], filled[1]
+
+
+def write_statistics(storage: Storage, mean: Tensor, var: Tensor) -> None:
+    """Put mean and variance in place; the mean comes last and says that both are there."""
+    for key, value in ((VAR, var), (MEAN, mean)):
+        storage.write(key, value.float().contiguous().numpy().astype("<f4").tobytes())

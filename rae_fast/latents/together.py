@@ -54,7 +54,7 @@ def configs_of_stores(config: Config) -> list[Config]:
 def _check_same_images(first: Config, other: Config) -> None:
     facts = [
         {
-            **asdict(config.data),
+            **{f"data.{key}": value for key, value in asdict(config.data).items()},
             "data.image_size": resolve_geometry(config).image_size,
             "cache.pixels_from": config.cache.pixels_from,
             "cache.precision": config.cache.precision,

@@ -25,10 +25,9 @@ from rae_fast.errors import UserError
 from rae_fast.geometry import resolve_geometry
 from rae_fast.latents.append import begin_append, kept_record, new_images, plan_append, read_plan
 from rae_fast.latents.build import Build
-from rae_fast.latents.encode import EncodeJob, LatentEncoder, encode_units
+from rae_fast.latents.encode import EncodeJob, LatentEncoder, StageTimes, encode_units
 from rae_fast.latents.layout import MANIFEST, WORK
 from rae_fast.latents.lock import builder_lock
-from rae_fast.latents.normalization import load_statistics, write_statistics
 from rae_fast.latents.passes import run_passes
 from rae_fast.latents.plan import (
     COMPUTED,
@@ -41,6 +40,7 @@ from rae_fast.latents.plan import (
 )
 from rae_fast.latents.records import committed_shards
 from rae_fast.latents.sources import ImageSource, open_source
+from rae_fast.latents.stats import load_statistics, write_statistics
 from rae_fast.latents.storage import TEMPORARY, Storage, open_storage
 from rae_fast.latents.store import check_compatible, create_store, open_store, read_attributes
 from rae_fast.latents.together import SharedDecode, configs_of_stores
@@ -63,6 +63,7 @@ class BuildReport:
         encoded: images that this call encoded or normalized, on all ranks.
         seconds: how long it took.
         limits: the stage that limited, and its share.
+        waits_s: seconds that each stage kept the others of this rank waiting.
     """
 
     url: str
@@ -71,6 +72,7 @@ class BuildReport:
     encoded: int
     seconds: float
     limits: str
+    waits_s: dict[str, float]
 
 
 def build_cache(config: Config, ranks: Ranks | None = None) -> BuildReport:
@@ -151,16 +153,17 @@ def run_build(storage: Storage, ranks: Ranks, prepare: Callable[[], Build | None
 def carry_out(storage: Storage, ranks: Ranks, build: Build | None) -> BuildReport:
     """Complete a store; None: it is complete already."""
     started_s = time.monotonic()
-    encoded, limits = 0, "-"
+    encoded, times = 0, StageTimes()
     if build is not None:
         done = sum(len(build.rows(shard)) for shard in committed_shards(storage))
         run_passes(build)
-        encoded, limits = build.attrs["num_images"] - done, build.times.limits()
+        encoded, times = build.attrs["num_images"] - done, build.times
     elif ranks.is_main:
         storage.delete_folder(WORK)
     store = open_store(storage.url)
     failures = int((~store.valid).sum())
-    return BuildReport(storage.url, store.n, failures, encoded, time.monotonic() - started_s, limits)
+    seconds = time.monotonic() - started_s
+    return BuildReport(storage.url, store.n, failures, encoded, seconds, times.limits(), times.by_stage())
 
 
 def begin_or_extend(

@@ -68,7 +68,7 @@ def _die_at(count: int, by: int) -> None:
     Path.replace = counting  # type: ignore[method-assign]
 
 
-def finish(ranks: list[BaseProcess], timeout_s: float = 120) -> list[int | None]:
+def finish(ranks: list[BaseProcess], timeout_s: float = 600) -> list[int | None]:
     """Wait for all ranks; like a launcher, end the others once one has died."""
     for _ in range(int(timeout_s / 0.05)):
         codes = [rank.exitcode for rank in ranks]

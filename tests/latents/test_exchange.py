@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rae_fast.config import Config
 from rae_fast.errors import UserError
+from rae_fast.latents import exports
 from rae_fast.latents.compare import compare
 from rae_fast.latents.exports import export
 from rae_fast.latents.facts import store_facts
@@ -51,6 +52,19 @@ def test_export_is_lightningdits_layout_and_imports_back(
     assert back.labels.tolist() == store.labels[valid].tolist()
     assert verify(str(tmp_path / "back")).damages == []
     assert "unknown" in store_facts(back)["crop"]
+
+
+def test_export_is_cut_into_files_of_bounded_size(
+    pristine_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(pristine_store)
+    monkeypatch.setattr(exports, "FILE_BYTES", 15 * 2 * 4 * 32 * 4 * 4)
+    assert exports.export(store, tmp_path / "out", "safetensors") == 40
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    parts = [load_file(file) for file in files]
+    assert [len(part["latents"]) for part in parts] == [15, 15, 10]
+    whole = store.denormalize(store.read(np.flatnonzero(store.valid), "hflip"))
+    assert torch.equal(torch.cat([part["latents_flip"] for part in parts]), whole)
 
 
 def test_npy_arrays_go_out_and_come_in_with_their_own_statistics(

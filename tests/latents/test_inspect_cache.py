@@ -23,10 +23,10 @@ from rae_fast.interop.diffusers import decoder_json
 from rae_fast.interop.official import save_weights
 from rae_fast.latents.loader import LatentLoader
 from rae_fast.latents.manifest import backup_bytes, manifest_bytes
-from rae_fast.latents.normalization import load_statistics
 from rae_fast.latents.plan import config_of
 from rae_fast.latents.preview import spread_rows
 from rae_fast.latents.repair import repair_build
+from rae_fast.latents.stats import load_statistics
 from rae_fast.latents.storage import open_storage
 from rae_fast.latents.store import open_store
 from rae_fast.provenance import write_json

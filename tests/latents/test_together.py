@@ -90,7 +90,7 @@ def test_a_finished_store_is_left_alone_and_the_other_is_built(
     [
         ("{cache.codec: balanced}", "its `path`"),
         ("{path: STORE}", "name one store twice"),
-        ("{path: b, data.crop: fast}", "has crop fast, the first has exact"),
+        ("{path: b, data.crop: fast}", r"has data\.crop fast, the first has exact"),
         ("{path: b, cache.precision: bf16}", r"has cache\.precision bf16"),
         ("{path: b, cache.codecs: compact}", "cache.codec"),
     ],
