@@ -21,10 +21,10 @@ from rae_fast.geometry import Geometry, resolve_geometry
 from rae_fast.interop.official import read_dit_weights
 from rae_fast.latents.store import LatentStore, open_store
 from rae_fast.provenance import read_json
-from rae_fast.runtime import pick_device
+from rae_fast.runtime import Ranks, pick_device
 from rae_fast.training.dit_setup import LABEL_TABLE, with_classes
 from rae_fast.training.export import checkpoint_weights
-from rae_fast.training.restore import name_of
+from rae_fast.training.restore import find_damage
 
 DECODER_MARK = "decoder_pred.weight"
 
@@ -90,7 +90,8 @@ def gather(
     geometry = _with_table(trained, store, online)
     sampled = online if ema is None else ema
     if sampling.stage_2.ckpt and sampling.stage_2.ckpt != trained.stage_2.ckpt:
-        sampled = read_dit_weights(sampling.stage_2.ckpt)
+        chosen = Path(sampling.stage_2.ckpt)
+        sampled = checkpoint_weights(chosen) if chosen.is_dir() else read_dit_weights(chosen)
     evidence = Evidence(
         folder,
         trained,
@@ -127,8 +128,11 @@ def _weights(folder: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor] |
     if not latest.is_file():
         raise UserError(f"{folder} holds no checkpoint", "checkpoints/ of a training run", "train first")
     path = checkpoints / latest.read_text().strip()
+    damage = find_damage(path, Ranks())
+    if damage is not None:
+        mend = "remove it: the training command goes on from the one before"
+        raise UserError(f"checkpoint {path} is damaged ({damage})", "a whole checkpoint", mend)
     manifest = read_json(path / "manifest.json")
-    assert path.name == name_of(manifest["step"])
     kinds = manifest["engines"]["model"]["kinds"]
     online = checkpoint_weights(path, ema="online")
     ema = checkpoint_weights(path) if any(kind.startswith("ema/") for kind in kinds) else None

@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rae_fast.doctor.probes import GROUPS, JOBS, KERNELS, MISSING, SLOW, STOPS, Trial, title
+from rae_fast.doctor.probes import GROUPS, STOPS, title
+from rae_fast.doctor.trial import JOBS, KERNELS, MISSING, SLOW, Trial
 from rae_fast.errors import UserError, nearest
 
 TIMEOUT_S = 45.0

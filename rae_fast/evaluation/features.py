@@ -24,7 +24,6 @@ from rae_fast.evaluation.feature_cache import Figures
 from rae_fast.evaluation.image_sets import PIECE, ImageSet, store_fingerprint
 from rae_fast.evaluation.inception import Inception
 from rae_fast.latents.encode import LatentEncoder
-from rae_fast.latents.plan import check_encoder
 from rae_fast.latents.store import LatentStore
 from rae_fast.provenance import sha256_file, sha256_tensors
 
@@ -156,6 +155,9 @@ def stored_features(store: LatentStore, extractor: EncoderFeatures) -> Figures:
     Raises:
         UserError: another encoder made the store.
     """
+    # Here, as a machine that only measures need not have what configs are read with.
+    from rae_fast.latents.plan import check_encoder
+
     check_encoder(store, extractor.encoder)
     rows = np.flatnonzero(store.valid)
     view = "original" if "original" in store.views else store.views[0]

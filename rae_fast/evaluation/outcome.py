@@ -41,10 +41,11 @@ TITLES = {
 
 
 class Picture(NamedTuple):
-    """A grid: uint8 images [n, H, W, 3], the name of its file, its columns."""
+    """A grid: the name of its file, uint8 images [n, H, W, 3], what it shows, its columns."""
 
     name: str
     images: np.ndarray
+    caption: str
     columns: int = COLUMNS
 
 
@@ -62,7 +63,9 @@ def describe(ranks: Ranks, device: torch.device, started_s: float) -> dict[str, 
 def picture_of(images: ImageSet, name: str, shown: int = SHOWN) -> Picture:
     """Evenly spread images of a set, reduced to what a page needs."""
     chosen = np.unique(np.linspace(0, images.count - 1, min(shown, images.count)).round().astype(int))
-    return Picture(name, np.stack([reduced(_image(images, int(row))) for row in chosen]))
+    return Picture(
+        name, np.stack([reduced(_image(images, int(row))) for row in chosen]), f"{len(chosen)} images, evenly spread"
+    )
 
 
 def reduced(image_HW3: np.ndarray) -> np.ndarray:
@@ -92,7 +95,7 @@ def write_outcome(folder: Path, report: Mapping[str, Any], title: str, lead: str
         path = folder / f"{picture.name}.png"
         save_grid(path, picture.images, picture.columns)
         page.heading(picture.name.capitalize())
-        page.image(path, f"{len(picture.images)} images, evenly spread", pixels=picture.images.shape[1] < LARGEST_SIDE)
+        page.image(path, picture.caption, pixels=picture.images.shape[1] < LARGEST_SIDE)
     page.heading("Figures")
     page.table(
         ("evaluator", "figure", "value"),
@@ -103,7 +106,7 @@ def write_outcome(folder: Path, report: Mapping[str, Any], title: str, lead: str
         ],
     )
     page.heading("Made from")
-    sections = ("samples", "made_by", "reference", "evaluators", "versions", "run")
+    sections = ("samples", "made_by", "reference", "pairs_sha256", "evaluators", "versions", "run")
     page.facts(dict(_flat({name: report[name] for name in sections if report.get(name)}, "")))
     write_json(folder / "report.json", report)
     page.save(folder / "report.html")

@@ -242,4 +242,5 @@ def _pairs_picture(originals: ImageSet, restored: ImageSet) -> Picture:
     first, second = (picture_of(images, "", SHOWN_PAIRS).images for images in (originals, restored))
     difference = np.abs(first.astype(np.int16) - second.astype(np.int16)) * DIFFERENCE_GAIN
     rows = np.concatenate([first, second, difference.clip(0, 255).astype(np.uint8)])
-    return Picture("pairs", rows, len(first))
+    caption = f"Originals, reconstructions, and {DIFFERENCE_GAIN} times their differences; evenly spread"
+    return Picture("pairs", rows, caption, len(first))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from rae_fast.doctor import machine, probes
+from rae_fast.doctor import host_probes, machine, probes, torch_probes
 from rae_fast.doctor.machine import can_run, check_jobs, examine_machine, read_trials, tell
-from rae_fast.doctor.probes import CACHE, DEMO, KERNELS, MISSING, OK, SLOW, TRAIN, Trial
+from rae_fast.doctor.trial import CACHE, DEMO, KERNELS, MISSING, OK, SLOW, TRAIN, Trial
 from rae_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,17 +71,18 @@ def test_a_probe_that_raises_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 @pytest.mark.parametrize(
-    "probe", [probes.probe_python, probes.probe_packages, probes.probe_memory, probes.probe_compiler]
+    "probe",
+    [host_probes.probe_python, host_probes.probe_packages, host_probes.probe_memory, host_probes.probe_compiler],
 )
 def test_plain_probes_pass_where_tests_run(probe: Callable[[], Trial]) -> None:
-    assert probe().state == OK or probe is probes.probe_memory
+    assert probe().state == OK or probe is host_probes.probe_memory
 
 
 def test_a_missing_package_and_an_old_one_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["no-such-package>=1", "numpy>=99", "torch>=2.9", "pyarrow>=99; extra == 'parquet'"]
     monkeypatch.setattr("importlib.metadata.requires", lambda _: wanted)
-    found = probes.probe_packages()
-    assert found.state == MISSING and found.stops == probes.ALL
+    found = host_probes.probe_packages()
+    assert found.state == MISSING and found.stops == (DEMO, CACHE, TRAIN)
     assert "no-such-package is missing" in found.found and "instead of >=99" in found.found
     assert "torch" not in found.found and "pyarrow" not in found.found
 
@@ -92,19 +93,19 @@ def test_without_a_compiler_crops_are_slow(monkeypatch: pytest.MonkeyPatch, tmp_
     from rae_fast.latents.gather import gather_library
 
     gather_library.cache_clear()
-    found = probes.probe_compiler()
+    found = host_probes.probe_compiler()
     gather_library.cache_clear()
     assert found.state == SLOW and "no C compiler" in found.found and found.stops == ()
 
 
 def test_rates_of_a_disk_are_measured_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "WRITTEN_BYTES", 4 << 20)
-    monkeypatch.setattr(probes, "READ_S", 0.2)
-    found = probes.probe_disk(tmp_path)
+    monkeypatch.setattr(host_probes, "WRITTEN_BYTES", 4 << 20)
+    monkeypatch.setattr(host_probes, "READ_S", 0.2)
+    found = host_probes.probe_disk(tmp_path)
     assert "random reads" in found.found and found.state in (OK, SLOW)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(probes, "DEMO_BYTES", 1e18)
-    full = probes.probe_disk(tmp_path)
+    monkeypatch.setattr(host_probes, "DEMO_BYTES", 1e18)
+    full = host_probes.probe_disk(tmp_path)
     assert full.state == MISSING and full.stops == (DEMO, CACHE)
 
 
@@ -113,23 +114,23 @@ def test_the_driver_is_asked_through_its_own_tool(tmp_path: Path, monkeypatch: p
     tool.write_text("#!/bin/sh\necho 'NVIDIA H100, 590.1, 81559 MiB'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert probes.probe_driver().found == "1 x NVIDIA H100, 590.1, 81559 MiB"
+    assert torch_probes.probe_driver().found == "1 x NVIDIA H100, 590.1, 81559 MiB"
     tool.write_text("#!/bin/sh\necho 'no devices were found' >&2\nexit 6\n")
-    failed = probes.probe_driver()
+    failed = torch_probes.probe_driver()
     assert failed.state == MISSING and "no devices were found" in failed.found
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert probes.probe_driver().found == "no nvidia-smi"
+    assert torch_probes.probe_driver().found == "no nvidia-smi"
 
 
 def test_missing_weights_are_named_with_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    found = list(probes.probe_weights())
+    found = list(torch_probes.probe_weights())
     assert [t.state for t in found] == [MISSING, MISSING] and all(t.stops == () for t in found)
     assert all(str(tmp_path / "hub/checkpoints") in t.mend for t in found)
     place = tmp_path / "hub/checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     place.parent.mkdir(parents=True)
     place.touch()
-    assert [t.state for t in probes.probe_weights()] == [MISSING, OK]
+    assert [t.state for t in torch_probes.probe_weights()] == [MISSING, OK]
 
 
 def test_groups_that_hang_do_not_keep_the_others_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from rae_fast.latents.stats import save_statistics
 from rae_fast.latents.store import open_store
 from rae_fast.latents.writer import build_cache
 from rae_fast.provenance import read_json, write_json
+from rae_fast.training.checkpoint import facts_of
 
 
 def wrong(findings: list[Finding]) -> dict[str, str]:
@@ -154,6 +155,9 @@ def spoil_average(run: Path, weights: Mapping[str, Tensor]) -> None:
     (key,) = [key for key in tensors if "/ema/" in key]
     assert tensors[key].shape == flat.shape
     save_file({**tensors, key: flat.float()}, file)
+    manifest = read_json(path / "manifest.json")
+    manifest["files"][file.name] = facts_of(file)
+    write_json(path / "manifest.json", manifest)
 
 
 def test_an_average_that_is_not_updated_is_named(run_copy: Callable[[], Path]) -> None:
@@ -194,6 +198,8 @@ def test_an_untrained_checkpoint_is_named_by_denoising(healthy: Path, tmp_path: 
     torch.save(initial_weights(evidence_of(healthy / "dit")), tmp_path / "fresh.pt")
     evidence = evidence_of(healthy / "dit", f"stage_2.ckpt={tmp_path / 'fresh.pt'}")
     assert "denoising" in wrong(check_denoising(evidence))
+    folder = evidence_of(healthy / "dit", f"stage_2.ckpt={healthy / 'dit/checkpoints'}")
+    assert folder.sampled.keys() == evidence.sampled.keys()
     assert wrong(check_denoising(evidence_of(healthy / "dit"))) == {}
 
 
@@ -218,6 +224,14 @@ def test_without_its_store_a_run_is_judged_by_what_is_left(run_copy: Callable[[]
     findings = examine_run(run)
     assert wrong(findings) == {}
     assert {finding.check for finding in findings if finding.state == UNKNOWN} == {"store", "denoising"}
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(run_copy: Callable[[], Path]) -> None:
+    run = run_copy()
+    (file,) = (run / "checkpoints").glob("step-*/rank-*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"is damaged \(rank-.*bytes"):
+        examine_run(run)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
