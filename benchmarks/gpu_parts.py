@@ -72,7 +72,7 @@ PARTS: dict[int, tuple[str, tuple[Step, ...]]] = {
     3: (
         "configurations of every kernel; gated residual, norm and modulation",
         (
-            Step("tuning", "benchmarks/kernels.py --what --tune {results}/tuned.json", limit_s=380),
+            Step("tuning", "benchmarks/kernels.py --what --tune {results}/tuning/tuned.json", limit_s=380),
             Step("norm", "benchmarks/kernels.py --what norm --out {results}/kernels.json"),
         ),
     ),

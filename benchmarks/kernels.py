@@ -1,7 +1,7 @@
 """Does each kernel beat what PyTorch compiles and its best library, forward and backward, at DiTDH's shapes?
 
     python benchmarks/kernels.py --out benchmarks/results/kernels.json
-    python benchmarks/kernels.py --what attention block --tune benchmarks/results/tuned.json
+    python benchmarks/kernels.py --what attention block --tune benchmarks/results/tuning/tuned.json
 
 Needs a CUDA device. Baseline of every operation is torch.compile of its plain reference; for attention that is compiled
 rotation and PyTorch's own attention, beside each of its backends. Achieved TB/s and TFLOP/s count each tensor read and
