@@ -105,11 +105,11 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, d_out):
-    x12, bias, weight, weight_bias = ctx.saved_tensors
+    x12, bias, weight, _ = ctx.saved_tensors
     dx12, h, dbias = swiglu_backward(d_out @ weight, x12, bias)
     flat = d_out.flatten(0, -2)
     d_weight = flat.mT @ h.flatten(0, -2)
-    d_weight_bias = None if weight_bias is None else flat.sum(0)
+    d_weight_bias = flat.sum(0) if ctx.needs_input_grad[3] else None
     return dx12, None if bias is None else dbias, d_weight, d_weight_bias
 
 

@@ -1,6 +1,6 @@
 """Transformer blocks with adaptive normalization, conditioned per sample or per token.
 
-Everything memory-bound goes through the five functions of `Operations`, plain ones here; `fused` has the same by the
+Everything memory-bound goes through the functions of `Operations`, plain ones here; `fused` has the same by the
 project's kernels, and `use_kernels` there chooses for a whole model.
 
 Shapes: B samples, N tokens, D width, H heads, P head width. Modulations are [B, 1, D] (per sample) or [B, N, D] (per
@@ -66,8 +66,11 @@ def norm_modulate(x_BND: Tensor, norm: nn.Module, shift: Tensor | None, scale: T
     return (h_BND if shift is None else h_BND + shift).to(dtype)
 
 
-def gated_residual(x_BND: Tensor, branch_BND: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * branch in float32, given out in the type of the residual stream `x`."""
+def gated_residual(x_BND: Tensor, branch_BND: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x + gate * branch in float32, given out in the type of the residual stream `x`.
+
+    `bias` is what `loose_bias` gives for the branch: none here, where the branch's last map makes its own gradient.
+    """
     return (x_BND + at_least_fp32(gate) * branch_BND).to(x_BND.dtype)
 
 
@@ -79,9 +82,10 @@ def gated_residual_norm_modulate(
     shift: Tensor | None,
     scale: Tensor,
     dtype: torch.dtype,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The residual stream after a branch, and what enters the next one: (x', mod(norm(x')))."""
-    x_BND = gated_residual(x_BND, branch_BND, gate)
+    """The residual stream after a branch, and what enters the next one: (x', mod(norm(x'))); `bias` as above."""
+    x_BND = gated_residual(x_BND, branch_BND, gate, bias)
     return x_BND, norm_modulate(x_BND, norm, shift, scale, dtype)
 
 
@@ -119,6 +123,11 @@ def feed_gated(mlp: SwiGLU, x: Tensor) -> Tensor:
     return mlp.w3(F.silu(gate) * value)
 
 
+def loose_bias(branch: nn.Module) -> Tensor | None:
+    """The bias of a branch's last linear map if its gradient is to be made by the residual behind it; never here."""
+    return None
+
+
 class Operations(NamedTuple):
     """What a block does beside its linear maps: functions of the signatures above."""
 
@@ -127,9 +136,10 @@ class Operations(NamedTuple):
     gated_residual_norm_modulate: Callable[..., tuple[Tensor, Tensor]]
     attend: Callable[..., Tensor]
     feed_gated: Callable[..., Tensor]
+    loose_bias: Callable[[nn.Module], Tensor | None]
 
 
-PLAIN = Operations(norm_modulate, gated_residual, gated_residual_norm_modulate, attend, feed_gated)
+PLAIN = Operations(norm_modulate, gated_residual, gated_residual_norm_modulate, attend, feed_gated, loose_bias)
 
 
 class Attention(nn.Module):
@@ -283,8 +293,10 @@ class AdaLNBlock(nn.Module):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         dtype, do = self.attn.qkv.weight.dtype, self.operations
         branch_BND = self.attn(do.norm_modulate(x_BND, self.norm1, shift1, scale1, dtype), rope)
-        x_BND, h_BND = do.gated_residual_norm_modulate(x_BND, branch_BND, gate1, self.norm2, shift2, scale2, dtype)
-        return do.gated_residual(x_BND, self.mlp(h_BND), gate2)
+        x_BND, h_BND = do.gated_residual_norm_modulate(
+            x_BND, branch_BND, gate1, self.norm2, shift2, scale2, dtype, do.loose_bias(self.attn)
+        )
+        return do.gated_residual(x_BND, self.mlp(h_BND), gate2, do.loose_bias(self.mlp))
 
     def reset_parameters(self) -> None:
         """Zero modulation: the block begins as the identity."""

@@ -85,9 +85,9 @@ def norm_modulate(x_BND: Tensor, norm: nn.Module, shift: Tensor | None, scale: T
     return norm_kernel.norm_modulate(x_BND, scale, shift, norm.weight, eps=norm.eps, layer_norm=layer_norm, dtype=dtype)
 
 
-def gated_residual(x_BND: Tensor, branch_BND: Tensor, gate: Tensor) -> Tensor:
+def gated_residual(x_BND: Tensor, branch_BND: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
     """As in `blocks`."""
-    return norm_kernel.gated_residual(x_BND, branch_BND, gate)
+    return norm_kernel.gated_residual(x_BND, branch_BND, gate, bias)
 
 
 def gated_residual_norm_modulate(
@@ -98,6 +98,7 @@ def gated_residual_norm_modulate(
     shift: Tensor | None,
     scale: Tensor,
     dtype: torch.dtype,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As in `blocks`."""
     if _in_pieces(norm):
@@ -109,25 +110,38 @@ def gated_residual_norm_modulate(
         scale,
         shift,
         norm.weight,
+        bias,
         eps=norm.eps,
         layer_norm=isinstance(norm, nn.LayerNorm),
         dtype=_gemm_dtype(x_BND, dtype),
     )
 
 
+def loose_bias(branch: nn.Module) -> Tensor | None:
+    """The bias that `attend` and `feed_gated` add without a gradient; whole parameters only."""
+    if _in_pieces(branch) or not isinstance(branch, Attention | SwiGLU):
+        return None
+    return (branch.proj if isinstance(branch, Attention) else branch.w3).bias
+
+
 def attend(attention: Attention, x_BND: Tensor, rope: Rope | None) -> Tensor:
     """As in `blocks`, where a kernel is the faster one."""
-    dtype = _gemm_dtype(x_BND, attention.qkv.weight.dtype)
-    tokens, width = x_BND.shape[1], x_BND.shape[2] // attention.num_heads
-    layer_norms = isinstance(attention.q_norm, nn.LayerNorm)
-    chosen = attention_kernel.chosen(tokens, width, dtype, x_BND.device)
-    if chosen != attention_kernel.TRITON or layer_norms or _in_pieces(attention):
+    if _in_pieces(attention):
         return blocks.attend(attention, x_BND, rope)
+    return F.linear(_heads(attention, x_BND, rope), attention.proj.weight, attention.proj.bias.detach())
+
+
+def _heads(attention: Attention, x_BND: Tensor, rope: Rope | None) -> Tensor:
+    """What enters the attention's last map, [B, N, D]."""
+    dtype, q_norm, k_norm = _gemm_dtype(x_BND, attention.qkv.weight.dtype), attention.q_norm, attention.k_norm
+    tokens, width = x_BND.shape[1], x_BND.shape[2] // attention.num_heads
+    chosen = attention_kernel.chosen(tokens, width, dtype, x_BND.device)
+    if chosen != attention_kernel.TRITON or isinstance(q_norm, nn.LayerNorm):
+        return blocks.packed_attention(attention.qkv(x_BND), attention.num_heads, rope, q_norm, k_norm)
     # The kernel makes the bias's gradient, the sum over all rows, while it writes the one of the projection.
     qkv_BNE = F.linear(x_BND, attention.qkv.weight, attention.qkv.bias.detach())
     # Cosine and sine are the same for both channels of a pair.
     cos, sin = (None, None) if rope is None else (table[:, ::2].contiguous() for table in rope)
-    q_norm, k_norm = attention.q_norm, attention.k_norm
     given = Given(
         qkv_BNE.unflatten(-1, (3, attention.num_heads, width)),
         attention.qkv.bias,
@@ -137,7 +151,7 @@ def attend(attention: Attention, x_BND: Tensor, rope: Rope | None) -> Tensor:
         sin,
     )
     eps = q_norm.eps if isinstance(q_norm, RMSNorm) else blocks.NORM_EPS
-    return attention.proj(attention_kernel.attention(given, eps, attention_kernel.TRITON))
+    return attention_kernel.attention(given, eps, attention_kernel.TRITON)
 
 
 def feed_gated(mlp: SwiGLU, x: Tensor) -> Tensor:
@@ -146,10 +160,10 @@ def feed_gated(mlp: SwiGLU, x: Tensor) -> Tensor:
         return blocks.feed_gated(mlp, x)
     weight, bias = mlp.w12.padded(x)
     x12 = F.linear(x, weight, bias.detach())
-    return swiglu_kernel.swiglu_linear(x12, bias, mlp.w3.padded(x12.shape[-1] // 2), mlp.w3.bias)
+    return swiglu_kernel.swiglu_linear(x12, bias, mlp.w3.padded(x12.shape[-1] // 2), mlp.w3.bias.detach())
 
 
-FUSED = Operations(norm_modulate, gated_residual, gated_residual_norm_modulate, attend, feed_gated)
+FUSED = Operations(norm_modulate, gated_residual, gated_residual_norm_modulate, attend, feed_gated, loose_bias)
 
 
 def _gemm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
