@@ -10,7 +10,8 @@ The baseline is the reference's way of stepping with the same model in plain PyT
 parameters, and the loss is read on the host. It runs in its recommended float32 with TF32 and in bfloat16, compiled as
 a whole; the first one again at the end, to show what the device's clocks did meanwhile. Where a variant does not fit
 it is tried with half the batch, which its row says. Latents are synthetic and lie on the device; --store adds real
-ones. Times of phases are the device's on a GPU, except `data wait`, which is the host's.
+ones. Times of phases are the device's on a GPU, except `data wait`, which is the host's; communication is measured
+where several GPUs take part.
 
 Runs with torch, numpy and transformers alone (PYTHONPATH=.:kernels): without DeepSpeed it takes DDP, without the
 store's packages synthetic latents, without transformers no encoder, and says so.
@@ -271,7 +272,8 @@ def measure_once(job: Job, setting: Setting) -> list[dict[str, Any]]:
             points.append(watch.now())
         if job.device.type == "cuda":
             torch.cuda.synchronize()
-        communication = collective_ms(job, step) if job.ranks.world > 1 else None
+        several_gpus = job.ranks.world > 1 and job.device.type == "cuda"
+        communication = collective_ms(step) if several_gpus else None
         return rows_of(job, setting, watch, points, communication)
     finally:
         close()
@@ -300,17 +302,14 @@ def rows_of(
     return rows
 
 
-def collective_ms(job: Job, step: Step, steps: int = 3) -> float:
-    """Milliseconds a step that collectives take on the device (on CPUs: in gloo's threads), by torch's profiler."""
-    on_gpu = job.device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profiler:
+def collective_ms(step: Step, steps: int = 3) -> float:
+    """Milliseconds a step that NCCL's kernels run, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             step()
-        if on_gpu:
-            torch.cuda.synchronize()
-    events = [e for e in profiler.key_averages() if ("nccl" in e.key.lower() if on_gpu else e.key.startswith("gloo:"))]
-    return sum(e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events) / steps / 1e3
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if "nccl" in event.key.lower()]
+    return sum(event.self_device_time_total for event in events) / steps / 1e3
 
 
 def open_batches(job: Job, setting: Setting) -> tuple[Iterator[Any], Callable[[], None]]:
