@@ -11,7 +11,7 @@ machine. The reference's way is that of bytetriper/RAE's sample.py and sample_dd
     doubled state is integrated, too
     autoguidance sends the doubled batch through model and guide, and throws half of it away
     dopri5 and Euler are torchdiffeq's, in Python, with times on the device
-    weights are float32; bf16 is autocast, nothing is compiled
+    weights are float32, bf16 is autocast (with its cache of casts), nothing is compiled
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def build(size: str, latent: tuple[int, int, int], device: torch.device, seed: i
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02)
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device).eval()
 
 
 # --- the reference's way --------------------------------------------------------------------------------------------
@@ -137,33 +137,31 @@ def make_contenders(args: argparse.Namespace, device: torch.device) -> dict[str,
     """Every way by name; those that this machine cannot run are left out and named."""
     latent = (16, 4, 4) if args.size == "tiny" else (768, 16, 16)
     shift = shift_from_size(latent[0] * latent[1] * latent[2])
-    guide_size = "tiny" if args.size == "tiny" else "DiTDH-S"
+    sizes = {"cfg": (args.size,), "autoguidance": (args.size, "tiny" if args.size == "tiny" else "DiTDH-S")}
+    asked = [name for name in ("compile", "cuda_graphs") if getattr(args, name)]
     contenders: dict[str, tuple[Draw, Counted]] = {}
     for method, guided in (("euler", "cfg"), ("dopri5", "cfg"), ("euler", "autoguidance")):
         label = f"{method}, {guided}"
-        models = [build(args.size, latent, device, 0)]
-        models += [build(guide_size, latent, device, 1)] if guided == "autoguidance" else []
-        guide = models[1] if len(models) > 1 else None
+
+        def models(guided: str = guided) -> list[nn.Module]:
+            return [build(size, latent, device, seed) for seed, size in enumerate(sizes[guided])]
+
+        theirs = models()
         try:
-            draw = reference_draw(models[0], guide, method, shift, args.precision)
+            draw = reference_draw(theirs[0], theirs[1] if theirs[1:] else None, method, shift, args.precision)
         except ImportError as error:
             print(f"{label}: the reference's way cannot run here: {error}")
         else:
-            contenders[f"reference's way: {label}"] = (draw, counted(models))
-        ours = [build(args.size, latent, device, 0)]
-        ours += [build(guide_size, latent, device, 1)] if guide is not None else []
-        sampler = our_sampler(ours[0], ours[1] if guide is not None else None, method, latent, args.precision)
-        count = counted(ours)
-        contenders[f"ours: {label}"] = (our_draw(sampler), count)
-        if args.compile or args.cuda_graphs:
-            fast = [build(args.size, latent, device, 0)]
-            fast += [build(guide_size, latent, device, 1)] if guide is not None else []
-            for module in fast:
-                store_for_autocast(module, DTYPES[args.precision])
-                accelerate(module, device, compiled=args.compile, cuda_graphs=args.cuda_graphs)
-            sampler = our_sampler(fast[0], fast[1] if guide is not None else None, method, latent, args.precision)
-            asked = [name for name in ("compile", "cuda_graphs") if getattr(args, name)]
-            contenders[f"ours: {label}, {' and '.join(asked)}"] = (our_draw(sampler), counted(fast))
+            contenders[f"reference's way: {label}"] = (draw, counted(theirs))
+        for fast in (False, True) if asked else (False,):
+            ours = models()
+            for module in ours:
+                store_for_autocast(module.requires_grad_(False), DTYPES[args.precision])
+                if fast:
+                    accelerate(module, device, compiled=args.compile, cuda_graphs=args.cuda_graphs)
+            sampler = our_sampler(ours[0], ours[1] if ours[1:] else None, method, latent, args.precision)
+            name = f"ours: {label}" + (f", {' and '.join(asked)}" if fast else "")
+            contenders[name] = (our_draw(sampler), counted(ours))
     return contenders
 
 
