@@ -84,7 +84,8 @@ class Build:
     def advance(self, progress: Progress, batch: RawBatch) -> None:
         """Count a batch; the other ranks are taken to be as fast."""
         self.failures += len(batch.failures)
-        progress.advance(batch.count * self.ranks.world, failures=self.failures, limit=self.times.limits())
+        count = min(batch.count * self.ranks.world, progress.total - progress.done)
+        progress.advance(count, failures=self.failures, limit=self.times.limits())
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
         """Wait for other ranks; files say when, so a build survives the loss of any of them.
