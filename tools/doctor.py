@@ -24,8 +24,7 @@ def examine_machine(args: argparse.Namespace) -> int:
     machine.check_jobs(needed)
     trials = machine.examine_machine(args.folder)
     print(machine.tell(trials))
-    stopped = machine.can_run(trials)
-    return int(any(stopped[job] for job in needed))
+    return int(not all(machine.can_run(trials, job) for job in needed))
 
 
 def examine_run(args: argparse.Namespace) -> int:

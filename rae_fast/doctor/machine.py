@@ -18,7 +18,7 @@ from rae_fast.doctor.probes import GROUPS, STOPS, title
 from rae_fast.doctor.trial import JOBS, KERNELS, MISSING, SLOW, Trial
 from rae_fast.errors import UserError, nearest
 
-TIMEOUT_S = 45.0
+TIMEOUT_S = 40.0
 
 
 def examine_machine(folder: Path) -> list[Trial]:
@@ -80,19 +80,25 @@ def read_trials(group: str, output: str, errors: str, status: int | None) -> lis
         if probe.__name__ in finished:
             continue
         name, before = title(probe), begun.removeprefix("probe_") or group
+        stops = STOPS.get(probe.__name__, ())
         if status is None:
             found = f"no answer in {TIMEOUT_S:.0f} s" if name == before else f"no time left after {before}"
             busy = f"load average {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
-            trials.append(Trial(name, SLOW, f"{found}, {busy}", "", "try again when the machine is idle"))
+            trials.append(Trial(name, SLOW, f"{found}, {busy}", "", "try again when the machine is idle", stops))
         else:
             found = f"its process died (status {status}): {last}" if name == before else f"not tried: {before} died"
-            trials.append(Trial(name, MISSING, found, "", "", STOPS.get(probe.__name__, ())))
+            trials.append(Trial(name, MISSING, found, "", "", stops))
     return trials
 
 
-def can_run(trials: Sequence[Trial]) -> dict[str, list[str]]:
-    """Job -> names of what stops it; empty if it can run here."""
-    return {job: [t.name for t in trials if t.state == MISSING and job in t.stops] for job in JOBS}
+def obstacles(trials: Sequence[Trial], state: str = MISSING) -> dict[str, list[str]]:
+    """Job -> names of what stops it; with state `slow`, of what it needs and what gave no answer in time."""
+    return {job: [t.name for t in trials if t.state == state and job in t.stops] for job in JOBS}
+
+
+def can_run(trials: Sequence[Trial], job: str) -> bool:
+    """Whether nothing that a job needs is missing, and all of it has answered."""
+    return not (obstacles(trials)[job] or obstacles(trials, SLOW)[job])
 
 
 def tell(trials: Sequence[Trial]) -> str:
@@ -103,9 +109,15 @@ def tell(trials: Sequence[Trial]) -> str:
         parts = [trial.found, *([f"costs: {trial.cost}"] if trial.cost else []), *([trial.mend] if trial.mend else [])]
         lines.append(f"{trial.state:<8} {trial.name:<{width}}  {'; '.join(parts)}")
     lines.append("")
-    for job, stopped in can_run(trials).items():
-        note = " (tests of kernels run in the interpreter)" if job == KERNELS else ""
-        lines.append(f"{job:<8} {'cannot run here: ' + ', '.join(stopped) + note if stopped else 'can run here'}")
+    missing, silent = obstacles(trials), obstacles(trials, SLOW)
+    for job in JOBS:
+        verdict = "can run here"
+        if missing[job]:
+            note = "; their tests run in the interpreter" if job == KERNELS else ""
+            verdict = f"cannot run here: {', '.join(missing[job])}{note}"
+        elif silent[job]:
+            verdict = f"cannot be told: no answer from {', '.join(silent[job])}"
+        lines.append(f"{job:<8} {verdict}")
     return "\n".join(lines)
 
 

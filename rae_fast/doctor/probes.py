@@ -14,17 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from rae_fast.doctor import host_probes, image_probes, torch_probes
-from rae_fast.doctor.trial import CACHE, DEMO, JOBS, MISSING, TRAIN, Trial
+from rae_fast.doctor.trial import CACHE, DEMO, JOBS, KERNELS, MISSING, TRAIN, Trial
 
 GROUPS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "plain": (
-        host_probes.probe_python,
-        host_probes.probe_packages,
-        host_probes.probe_memory,
-        host_probes.probe_compiler,
-        host_probes.probe_disk,
-    ),
-    # Two processes are forked before anything has started threads.
+    "host": (host_probes.probe_python, host_probes.probe_packages, host_probes.probe_memory, host_probes.probe_disk),
+    # All that import torch, which takes seconds. Two processes are forked before anything has started threads.
     "torch": (
         torch_probes.probe_driver,
         torch_probes.probe_gloo,
@@ -32,17 +26,21 @@ GROUPS: dict[str, tuple[Callable[..., Any], ...]] = {
         torch_probes.probe_cuda,
         torch_probes.probe_triton,
         torch_probes.probe_nccl,
+        host_probes.probe_compiler,
         torch_probes.probe_weights,
+        torch_probes.probe_deepspeed,
     ),
     "images": (image_probes.probe_dali, image_probes.probe_nvjpeg),
-    "deepspeed": (torch_probes.probe_deepspeed,),
 }
 # What a probe stops if it does not even run.
 STOPS = {
-    "probe_torch": JOBS,
-    "probe_dali": (DEMO, CACHE),
-    "probe_deepspeed": (DEMO,),
     "probe_packages": (DEMO, CACHE, TRAIN),
+    "probe_torch": JOBS,
+    "probe_cuda": (KERNELS,),
+    "probe_triton": (KERNELS,),
+    "probe_gloo": (DEMO, TRAIN),
+    "probe_deepspeed": (DEMO,),
+    "probe_dali": (DEMO, CACHE),
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rae_fast.doctor import host_probes, machine, probes, torch_probes
-from rae_fast.doctor.machine import can_run, check_jobs, examine_machine, read_trials, tell
+from rae_fast.doctor.machine import can_run, check_jobs, examine_machine, obstacles, read_trials, tell
 from rae_fast.doctor.trial import CACHE, DEMO, KERNELS, MISSING, OK, SLOW, TRAIN, Trial
 from rae_fast.errors import UserError
 
@@ -29,11 +29,18 @@ def trial(name: str, state: str = OK, stops: tuple[str, ...] = ()) -> Trial:
 
 
 def test_jobs_are_stopped_by_what_is_missing_and_not_by_what_is_slow() -> None:
-    trials = [trial("a"), trial("b", SLOW, (DEMO,)), trial("c", MISSING, (TRAIN, KERNELS)), trial("d", MISSING)]
-    assert can_run(trials) == {DEMO: [], CACHE: [], TRAIN: ["c"], KERNELS: ["c"]}
+    trials = [trial("a"), trial("b", SLOW), trial("c", MISSING, (TRAIN, KERNELS)), trial("d", MISSING)]
+    assert obstacles(trials) == {DEMO: [], CACHE: [], TRAIN: ["c"], KERNELS: ["c"]}
+    assert [can_run(trials, job) for job in (DEMO, CACHE, TRAIN, KERNELS)] == [True, True, False, False]
     text = tell(trials).splitlines()
     assert text[2] == "missing  c  found; costs: cost; mend"
     assert text[-4:-1] == ["demo     can run here", "cache    can run here", "train    cannot run here: c"]
+
+
+def test_of_what_gave_no_answer_nothing_is_claimed() -> None:
+    late = read_trials("images", lines({"begins": "probe_dali"}), "", None)
+    assert not can_run(late, CACHE) and can_run(late, KERNELS)
+    assert "cache    cannot be told: no answer from dali" in tell(late)
 
 
 def test_a_group_that_dies_is_told_apart_from_one_that_had_no_time() -> None:
@@ -47,8 +54,8 @@ def test_a_group_that_dies_is_told_apart_from_one_that_had_no_time() -> None:
     late = read_trials("images", output, "", None)
     assert [t.state for t in late] == [SLOW, SLOW]
     assert "no answer in" in late[0].found and "load average" in late[0].found
-    unborn = read_trials("deepspeed", "", "No module named rae_fast\n", 1)
-    assert unborn[0].state == MISSING and unborn[0].stops == (DEMO,)
+    unborn = read_trials("torch", "", "No module named rae_fast\n", 1)
+    assert unborn[-1].state == MISSING and unborn[-1].stops == (DEMO,)
 
 
 def test_what_a_group_printed_is_read_back() -> None:
