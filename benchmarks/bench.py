@@ -44,7 +44,12 @@ class Bench:
 BENCHES = (
     Bench("decode", "--images 256 --rounds 5 --out {out}/decode-cpu.json", "--images 64 --rounds 1"),
     Bench("store", "--images 1024 --rounds 5 --out {out}/store.json", "--images 512 --batches 1 --rounds 1"),
-    Bench("encode", "--out {out}/encode-cpu.json", ""),
+    Bench(
+        "encode",
+        "--what encoder,build --layers 2 --batches 8 --precisions fp32 --images 64 --rounds 3 --device cpu "
+        "--out {out}/encode-cpu.json",
+        "--rounds 1",
+    ),
     Bench("decoder_step", "--rounds 5 --steps 2 --device cpu --output {out}/decoder_step-cpu.json", "--rounds 1"),
     Bench(
         "train_step",

@@ -62,7 +62,7 @@ MODELS = {
     "cuda": {"DiTDH-S": ([384, 2048], [12, 2], [6, 16]), "DiTDH-XL": ([1152, 2048], [28, 2], [16, 16])},
 }
 ENCODERS = {
-    "cpu": {"hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "image_size": 56},
+    "cpu": {"hidden_size": 48, "num_hidden_layers": 10, "num_attention_heads": 4, "image_size": 56},
     "cuda": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224},
 }
 SPLIT_BATCHES = 8
@@ -356,7 +356,7 @@ def report(found: dict[str, dict[str, list[dict[str, Any]]]], folder: Path, args
         config = make_config(folder, model, args.device, vars_of(args))
         split[model] = ways["reference"][0]["split_ms"]
         flops[model] = {
-            "encode": encoder_flops(config, resolve_geometry(config)),
+            "encode": encoder_flops(config, resolve_geometry(config), ENCODERS[args.device]["num_hidden_layers"]),
             "train": training_flops(from_config(config)),
         }
     return make_result(

@@ -181,10 +181,10 @@ def _bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / measured.median_s(lambda: target.copy_(source), device) / 1e12
 
 
-def encoder_flops(config: Config, geometry: Geometry) -> float:
-    """FLOPs of one image through the encoder: a ViT of the published width and depth, with a fourfold feed-forward."""
+def encoder_flops(config: Config, geometry: Geometry, depth: int | None = None) -> float:
+    """FLOPs of one image through the encoder, a ViT with a fourfold feed-forward; its published depth unless given."""
     patch, width = encoder_facts(config.stage_1.params)
     width = width or geometry.latent_shape[0]
-    tokens, depth = geometry.grid**2 + 5, ENCODER_DEPTHS.get(width, 12)
+    tokens, depth = geometry.grid**2 + 5, depth or ENCODER_DEPTHS.get(width, 12)
     blocks = depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
     return 2.0 * (blocks + geometry.grid**2 * 3 * (patch or 16) ** 2 * width)
