@@ -216,7 +216,7 @@ def test_killed_at_random_steps_leaves_the_loss_file_of_the_undisturbed_run(data
     assert run.log.read_bytes() == expected.read_bytes()
 
 
-@pytest.mark.timeout(900)  # three starts
+@pytest.mark.timeout(1800)  # three starts
 def test_two_ranks_of_the_deepspeed_launcher_survive_a_kill_and_a_signal(data, launch, tmp_path):
     (tmp_path / "b").mkdir()
     evaluate = ("eval.eval_interval=5", "eval.num_images=12", "sampler.params.num_steps=2")
