@@ -18,7 +18,7 @@ def main() -> int:
     """Parse, load the config, plan."""
     parser = tool_parser(str(__doc__), EXAMPLE)
     parser.add_argument("--gpu", help="a GPU of the table: h200, h100, a100, b200, l40s, rtx4090, ...")
-    parser.add_argument("--count", type=int, default=1, help="how many GPUs")
+    parser.add_argument("--count", type=int, help="how many GPUs; default: all of this machine's, or one")
     parser.add_argument("--images", type=int, help="images of the data set; default: those of data.source")
     parser.add_argument("--cores", type=int, help="CPU cores of a node; default: 16 for each GPU of the table")
     parser.add_argument("--disk-gbs", type=float, help="GB/s of random reads of a node, if known")

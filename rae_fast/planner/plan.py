@@ -32,7 +32,7 @@ def make_plan(
     config: Config,
     *,
     gpu: str | None = None,
-    count: int = 1,
+    count: int | None = None,
     images: int | None = None,
     cores: int | None = None,
     disk_gbs: float | None = None,
@@ -43,7 +43,7 @@ def make_plan(
     Args:
         config: the whole configuration.
         gpu: name in the table of devices; None: this machine, measured.
-        count: how many of them.
+        count: how many of them; None: all GPUs of this machine, or one of the table's.
         images: N; None: those of `data.source`, else ImageNet's.
         cores: of one node; None: this machine's, or 16 for each GPU.
         disk_gbs: GB/s of random reads, where they are known better.
@@ -52,6 +52,7 @@ def make_plan(
     Raises:
         UserError: an unknown GPU, or sections that contradict each other.
     """
+    count = (1 if gpu else max(1, torch.cuda.device_count())) if count is None else count
     if count < 1 or (images is not None and images < 1):
         raise UserError(f"--count {count}, --images {images}", "at least 1")
     geometry = resolve_geometry(config)
