@@ -76,9 +76,14 @@ class DiffusionTransformer(nn.Module):
         self, block: nn.Module, x_BND: Tensor, silu_c: Tensor, rope: Rope | None, modulation: Tensor | None = None
     ) -> Tensor:
         """One block, with its activations kept or recomputed."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x_BND, silu_c, rope, modulation, use_reentrant=False)
-        return block(x_BND, silu_c, rope, modulation)
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return block(x_BND, silu_c, rope, modulation)
+        if x_BND.device.type == "xla":
+            # XLA's own: the compiler would find the recomputed values equal to the first ones, and keep those.
+            from torch_xla.utils.checkpoint import checkpoint as checkpoint_on_xla
+
+            return checkpoint_on_xla(block, x_BND, silu_c, rope, modulation, use_reentrant=True)
+        return checkpoint(block, x_BND, silu_c, rope, modulation, use_reentrant=False)
 
     def run_trunk(self, x_BND: Tensor, silu_c_B1D: Tensor, rope: Rope | None) -> Tensor:
         """The blocks that are modulated per sample, in turn, all modulations by one product where that is possible."""

@@ -86,7 +86,7 @@ class XlaEngine(Engine):
         groups = build_optimizer(module, optimizer).param_groups
         decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
         self._decays = [decay_of[id(p)] for p in module.parameters() if p.requires_grad]
-        self.module = module.to(device)
+        self.module, self._ddp, self._deepspeed = module.to(device), None, None
         self.shards = WholeParameters(module)
         if mesh is not None:
             mesh.cut_weights(self.shards.parameters.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -23,7 +24,10 @@ class DeviceMesh:
         import torch_xla.distributed.spmd as spmd
         import torch_xla.runtime as xr
 
-        xr.use_spmd()
+        with warnings.catch_warnings():
+            # It warns of tensors that are on a device already; there are none but the runtime's own.
+            warnings.simplefilter("ignore", UserWarning)
+            xr.use_spmd()
         self.devices: int = xr.global_runtime_device_count()
         self._mesh = spmd.Mesh(np.arange(self.devices), (self.devices,), (AXIS,))
         self._mark = spmd.mark_sharding
