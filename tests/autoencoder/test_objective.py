@@ -99,11 +99,8 @@ def test_parts_that_are_off_cost_nothing_and_count_nothing(decoder: ViTDecoder) 
     ours = objective(decoder)
     off = Phase(False, False, False)
     (terms,) = ours.balanced([ours.generator(patches, last_input()[:, 1:], target, None, None, off)])
-    assert (
-        float(terms.total)
-        == float(terms.l1)
-        == pytest.approx(float((decoder.unpatchify(patches) - target).abs().mean()))
-    )
+    expected = (decoder.unpatchify(patches) - target).abs().mean().item()
+    assert float(terms.total) == float(terms.l1) == pytest.approx(expected)
     assert float(terms.perceptual) == float(terms.adversarial) == 0
 
 
@@ -119,7 +116,7 @@ def test_discriminator_rates_real_images_it_has_learned_higher(decoder: ViTDecod
         optimizer.zero_grad()
         terms.loss.backward()
         optimizer.step()
-    assert float(terms.loss) < 0.7 * float(first.loss) and float(terms.accuracy) > 0.9
+    assert terms.loss.item() < 0.7 * first.loss.item() and float(terms.accuracy) > 0.9
 
 
 def test_fakes_lie_on_the_eight_bit_grid() -> None:
