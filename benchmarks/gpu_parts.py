@@ -64,7 +64,7 @@ PARTS: dict[int, tuple[str, tuple[Step, ...]]] = {
         (
             Step(
                 "tests of kernels",
-                "-m pytest -m gpu tests/kernels --timeout 240 {parallel}",
+                "-m pytest -m gpu tests/kernels tests/dit --timeout 240 {parallel}",
                 ("pytest", "pytest_timeout"),
             ),
         ),
@@ -105,39 +105,49 @@ PARTS: dict[int, tuple[str, tuple[Step, ...]]] = {
         ),
     ),
     8: (
-        "the other tests marked gpu; decoding",
+        "the other tests marked gpu; decoding, encoding",
         (
-            Step("other tests", "-m pytest -m gpu tests --ignore tests/kernels", ("pytest", *PACKAGES), 200),
-            Step("decode", "benchmarks/decode.py --device cuda --out {results}/decode-cuda.json", (DALI,), 130),
+            Step(
+                "tests of training, sampling, evaluation",
+                "-m pytest -m gpu tests/training/test_gpu.py tests/sampling/test_on_gpu.py "
+                "tests/evaluation/test_gpu.py tests/autoencoder/test_step_gpu.py",
+                ("pytest",),
+                150,
+            ),
+            Step("tests of the cache", "-m pytest -m gpu tests/latents tests/images", ("pytest", *PACKAGES, DALI), 110),
+            Step("decode", "benchmarks/decode.py --device cuda --out {results}/decode-cuda.json", (DALI,), 110),
+            Step(
+                "encode",
+                "benchmarks/encode.py --what encoder --batches 64,256 --device cuda --out {results}/encode-cuda.json",
+                ("transformers",),
+            ),
         ),
     ),
     9: (
-        "decoder training, whole epochs",
+        "sampling; decoder training",
         (
+            Step(
+                "sampling",
+                "benchmarks/sampling.py --size DiTDH-XL --precision bf16 --compile --cuda-graphs --batch 64 --rounds 3 "
+                "--output {results}/sampling-cuda.json",
+                limit_s=280,
+            ),
             Step(
                 "decoder step",
                 "benchmarks/decoder_step.py --size DINOv2-B_decXL --batch 32 --precision bf16 --compile --device cuda "
                 "--rounds 3 --output {results}/decoder_step-cuda.json",
-                ("transformers",),
-                200,
+                ("torchvision", "transformers"),
             ),
-            Step("decoder tests", "-m pytest -m gpu tests/autoencoder/test_step_gpu.py", ("pytest",), 90),
+        ),
+    ),
+    10: (
+        "whole epochs from JPEG files",
+        (
             Step(
                 "end to end",
                 "benchmarks/end_to_end.py --device cuda --images 2048 --epochs 2 --rounds 1 "
                 "--out {results}/end_to_end-cuda.json",
                 (*PACKAGES, DALI),
-            ),
-        ),
-    ),
-    10: (
-        "sampling: batches, graphs and compilation to the bit; images/s against the reference's way",
-        (
-            Step("tests of sampling", "-m pytest -m gpu tests/sampling/test_on_gpu.py", ("pytest",), 120),
-            Step(
-                "sampling XL",
-                "benchmarks/sampling.py --size DiTDH-XL --batch 32 --rounds 2 --precision bf16 --compile "
-                "--cuda-graphs --output {results}/sampling-DiTDH-XL.json",
             ),
         ),
     ),

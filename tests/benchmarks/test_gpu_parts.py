@@ -75,7 +75,15 @@ def test_every_step_is_a_script_that_is_there_with_options_that_it_has(parts: Mo
         for step in steps:
             name, *words = step.command.split()
             if name == "-m":
+                assert all((ROOT / word).exists() for word in words if word.startswith("tests/")), step.name
                 continue
             text = (ROOT / name).read_text()
             for option in (word for word in words if word.startswith("--")):
                 assert f'"{option}"' in text, f"{step.name}: {name} has no {option}"
+
+
+def test_every_test_marked_gpu_is_in_a_part(parts: ModuleType) -> None:
+    chosen = [ROOT / word for _, steps in parts.PARTS.values() for step in steps for word in step.command.split()]
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        if "pytest.mark.gpu" in file.read_text() and file != Path(__file__):
+            assert any(file.is_relative_to(path) for path in chosen if "tests" in path.parts), file
