@@ -57,11 +57,12 @@ training:
   log_interval: 10
   checkpoint_interval: null
   sample_every: null
-  optimizer: {lr: 3.0e-3}
+  clip_grad: null
+  optimizer: {lr: 4.0e-3}
   scheduler: {type: wsd, warmup_steps: 50, warmup_from_zero: true}
 runtime: {device: cpu, precision: fp32, engine: ddp}
 """
-DECODER_STEPS, STEPS = 400, 800
+DECODER_STEPS, STEPS = 400, 600
 
 
 def draw_images_of_classes(folder: Path) -> np.ndarray:
