@@ -365,7 +365,7 @@ def report(found: dict[str, dict[str, list[dict[str, Any]]]], folder: Path, args
         rows[0]["name"],
         rows,
         args.device,
-        **vars_of(args),
+        **{key: value for key, value in vars_of(args).items() if key != "device"},
         summary=summary,
         split_ms_reference=split,
         flops=flops,

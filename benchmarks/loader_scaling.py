@@ -211,8 +211,14 @@ def work(job: dict[str, Any]) -> None:
             gradients.fill_(1.0)
 
     loader = LatentLoader(open_store(job["url"]), batch_size=job["batch"], ranks=ranks, prefetch=PREFETCH)
-    read_s = timed(lambda: next(loader), job["batches"], exchange, skip=PREFETCH + 2)
-    exchange_s = timed(exchange, job["steps"], exchange)
+    alone: dict[str, list[float]] = {"load_s": [], "exchange_s": []}
+
+    def time_alone() -> None:
+        half = -(-job["batches"] // 2)
+        alone["load_s"] += timed(lambda: next(loader), half, exchange, skip=PREFETCH + 2)
+        alone["exchange_s"] += timed(exchange, job["steps"] // 2, exchange)
+
+    time_alone()  # once before and once after the steps, as a machine that others use changes
     points = [{"straggler": (0.0, 1.0)}]
     if job["straggling"]:
         points.append({"straggler": STRAGGLER})
@@ -231,10 +237,11 @@ def work(job: dict[str, Any]) -> None:
             exchange()
 
         step_s = timed(step, job["steps"], exchange, skip=PREFETCH + 2)
-        point |= {"load_s": read_s, "exchange_s": exchange_s, "compute_s": compute_s, "step_s": step_s}
+        point |= {"compute_s": compute_s, "step_s": step_s}
+    time_alone()
     loader.close()
     if ranks.is_main:
-        print(json.dumps(points))
+        print(json.dumps([point | alone for point in points]))
 
 
 def timed(run: Callable[[], object], times: int, together: Callable[[], None], skip: int = 1) -> list[float]:

@@ -266,7 +266,7 @@ def page(results: Results, folder: Path) -> str:
     missing = [target.what for target in TARGETS if target.measure(results) is None]
     lines += ["Unmeasured: " + ("; ".join(missing) or "nothing") + ".", ""]
     for stem, result in results.items():
-        lines += section(stem, result, (folder / f"{stem}-bars.png").exists())
+        lines += section(stem, result, [f for f in (f"{stem}.png", f"{stem}-bars.png") if (folder / f).exists()])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -275,7 +275,7 @@ def target_rows(targets: Iterable[Target], results: Results) -> list[tuple[str, 
     return [(target.what, target.target, *target.state(results)) for target in targets]
 
 
-def section(stem: str, result: dict[str, Any], plotted: bool) -> list[str]:
+def section(stem: str, result: dict[str, Any], plots: Sequence[str]) -> list[str]:
     """One result: where, with what, and its rows."""
     baseline = next(entry for entry in result["rows"] if entry["name"] == result["baseline"])
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -292,7 +292,7 @@ def section(stem: str, result: dict[str, Any], plotted: bool) -> list[str]:
     head = ("", "median", "p10", "p90", "unit", "of baseline", "n")
     shown = {key: value for key, value in result.items() if key not in HIDDEN and not isinstance(value, str)}
     facts = [f"Settings: `{json.dumps(shown)}`", ""] if shown else []
-    picture = [f"![{stem}]({stem}-bars.png)", ""] if plotted else []
+    pictures = [line for plot in plots for line in (f"![{plot}]({plot})", "")]
     return [
         f"## {stem}",
         "",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +32,28 @@ def test_break_even_is_where_the_build_is_paid_for(ends: ModuleType) -> None:
     epochs = ends.break_even(reference, cached, 100)
     assert 8.0 + epochs * 100 / 50 == pytest.approx(epochs * 100 / 10)
     assert ends.break_even(cached, reference, 100) == float("inf")
+
+
+def test_result_has_rates_ratios_build_memory_and_a_plot(ends: ModuleType, tmp_path: Path) -> None:
+    def run(rate: float, build_s: float) -> dict:
+        marks = [(100, build_s + 100 / rate), (200, build_s + 200 / rate)]
+        split = {"decode": 5.0, "encode": 1.0, "train": 2.0}
+        times = {"marks": marks, "cpu_s": 4 / rate, "steady_cpu_s": 2 / rate}
+        return {**times, "build_s": build_s, "peak_bytes": 5e8, "split_ms": split}
+
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder/config.json").write_text(json.dumps({"patch_size": 14, "hidden_size": 48}))
+    args = Namespace(device="cpu", batch=10, epochs=2, workers=1, images=100)
+    ways = {"reference": [run(10, 0), run(12, 0)], "online": [run(20, 0)] * 2, "cached": [run(50, 4), run(48, 4)]}
+    result = ends.report({"S-like": ways}, tmp_path, args)
+    assert [row["ratio_to_reference"] for row in result["rows"]] == [1.0, pytest.approx(1.833), 4.5]
+    assert [row["ratio_by_cpu_time"] for row in result["rows"]][2] == pytest.approx(4.5)
+    assert result["rows"][2]["first_epoch_s"] == pytest.approx(6.04, abs=0.01)
+    assert result["rows"][2]["peak_mb"] == 500
+    assert result["summary"]["S-like"]["break_even_epoch"] == pytest.approx((4 / 8 + 4 / 6.25) / 2, rel=1e-3)
+    assert result["split_ms_reference"]["S-like"]["decode"] == 5.0
+    ends.plot({"S-like": ways}, args, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_scaled_models_keep_the_shares_of_the_released_ones(ends: ModuleType, tmp_path: Path) -> None:
