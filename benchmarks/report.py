@@ -293,18 +293,8 @@ def section(stem: str, result: dict[str, Any], plots: Sequence[str]) -> list[str
     shown = {key: value for key, value in result.items() if key not in HIDDEN and not isinstance(value, str)}
     facts = [f"Settings: `{json.dumps(shown)}`", ""] if shown else []
     pictures = [line for plot in plots for line in (f"![{plot}]({plot})", "")]
-    return [
-        f"## {stem}",
-        "",
-        result["question"],
-        "",
-        f"{where}; {versions}.",
-        "",
-        *table(head, rows),
-        "",
-        *facts,
-        *picture,
-    ]
+    intro = [f"## {stem}", "", result["question"], "", f"{where}; {versions}.", ""]
+    return [*intro, *table(head, rows), "", *facts, *pictures]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -383,9 +373,7 @@ def main() -> int:
     if args.check:
         text = args.readme_file.read_text()
         if with_block(text, readme_block(results)) != text:
-            print(
-                "the README's figures are not those of the results: run benchmarks/report.py --readme", file=sys.stderr
-            )
+            print("README.md has other figures than the results: run benchmarks/report.py --readme", file=sys.stderr)
             return 1
         return 0
     if not results:
