@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow bench gpu lint clean
+.PHONY: demo test test-slow test-xla bench gpu lint clean
 
 # One install for CPU and GPU machines alike: the wheels carry CUDA and run without it.
 $(STAMP): pyproject.toml constraints.txt
@@ -25,6 +25,16 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
+# torch_xla wants the torch of its own version, so it has an environment of its own; PJRT_DEVICE=CPU, no TPU needed
+.venv-xla/.installed: pyproject.toml
+	@test -x .venv-xla/bin/python || $(PYTHON) -m venv .venv-xla
+	.venv-xla/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	.venv-xla/bin/python -m pip install --quiet --editable ".[xla,dev,parquet]"
+	@touch $@
+
+test-xla: .venv-xla/.installed
+	PJRT_DEVICE=CPU OMP_NUM_THREADS=1 .venv-xla/bin/python -m pytest tests/xla --timeout 900
+
 # every benchmark that runs here, under 20 minutes on two quiet cores; then benchmarks/results/REPORT.md
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench.py $(BENCH)
@@ -39,4 +49,4 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-xla build *.egg-info

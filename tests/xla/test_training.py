@@ -164,14 +164,8 @@ def test_nothing_compiles_after_the_first_steps_and_nothing_falls_back(
 
 
 def run_tool(arguments: list[str], processes: int = 1, **environment: str) -> None:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--master-port=29551",
-    ]
+    # --standalone takes a free port
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*(launcher if processes > 1 else [sys.executable]), str(ROOT / "tools/train_dit.py"), *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=600
