@@ -15,17 +15,20 @@ from typing import Any
 class Stage1Params:
     """Frozen encoder and ViT decoder."""
 
-    encoder_cls: str = "Dinov2withNorm"  # Dinov2withNorm, MAEwNorm, SigLIP2wNorm, TimmViT
+    # Dinov2withNorm or DINOv2, MAEwNorm or MAE, SigLIP2wNorm or SigLIP2, DINOv3, TimmViT
+    encoder_cls: str = "Dinov2withNorm"
     encoder_config_path: str | None = None  # where the image processor's mean and std come from; None: the encoder
     encoder_input_size: int = 224  # side the image is resized to before the encoder, pixels
-    # dinov2_path | model_name, revision, normalize, layers
+    # dinov2_path | model_name | path: hub id, folder or timm's name; revision: of the hub; normalize: false keeps the
+    # last norm's weights; layers: blocks to average, as [11, 23]; dtype: fp32, bf16, fp16; compile: torch.compile;
+    # attention: sdpa, eager, flash_attention_2; image_mean, image_std; weights: a file, for timm
     encoder_params: dict[str, Any] = field(default_factory=dict)
     decoder_config_path: str | None = None  # Hugging Face style config.json of the decoder, or its folder
     decoder_patch_size: int = 16  # side of a decoded patch, pixels
     pretrained_decoder_path: str | None = None  # weights of the decoder, as released (`model.pt`) or safetensors
     noise_tau: float = 0.8  # latent noise in decoder training: z + tau * u * n
     train_positions: bool = True  # of the decoder, as the reference does; diffusers can hold only untrained ones
-    reshape_to_2d: bool = True  # latents as [C, H, W]; false: as tokens
+    reshape_to_2d: bool = True  # latents as [C, H, W]; as in official files, which have no other
     normalization_stat_path: str | None = None  # stat.pt with `mean`, `var`; None: not normalized
     eps: float = 1e-5  # added to var
 
@@ -34,7 +37,7 @@ class Stage1Params:
 class Stage1:
     """The representation autoencoder."""
 
-    target: str = "stage1.RAE"  # stage1.RAE
+    target: str = "stage1.RAE"  # stage1.RAE, RAE
     ckpt: str | None = None  # stage-1 training checkpoint; its decoder is taken
     params: Stage1Params = field(default_factory=Stage1Params)
 
@@ -379,6 +382,17 @@ class Config:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "stage_1.target": ("stage1.RAE", "RAE"),
+    "stage_1.params.encoder_cls": (
+        "Dinov2withNorm",
+        "MAEwNorm",
+        "SigLIP2wNorm",
+        "DINOv2",
+        "DINOv3",
+        "MAE",
+        "SigLIP2",
+        "TimmViT",
+    ),
     "transport.params.path_type": ("Linear", "GVP", "VP"),
     "transport.params.prediction": ("velocity", "noise", "score", "data"),
     "sampler.mode": ("ODE", "SDE"),

@@ -9,16 +9,21 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import inf, prod, sqrt
 from pathlib import Path
 from typing import Any
 
-from rae_fast.config import Config, Stage1Params
+from rae_fast.config import DIT_PARAMS, Config, Stage1Params
 from rae_fast.errors import UserError
 
-WIDTHS = {"small": 384, "base": 768, "large": 1024, "giant": 1536}
-PATCHES = {"Dinov2withNorm": 14, "MAEwNorm": 16}
+WIDTHS = {"small": 384, "base": 768, "large": 1024, "huge": 1280, "so400m": 1152}
+GIANT = 1536  # of DINOv2 and SigLIP 2; other families have giants of other widths
+DINOV3_WIDTHS = {"s": 384, "b": 768, "l": 1024, "h": 1280, "7b": 4096}
+PATCHES = {"Dinov2withNorm": 14, "DINOv2": 14, "MAEwNorm": 16, "MAE": 16, "DINOv3": 16}
 PATH_KEYS = ("dinov2_path", "model_name", "path")
+# Arguments of a diffusion transformer by kind; what is in neither is a whole number.
+FLAGS = (*(name for name in DIT_PARAMS if name.startswith("use_")), "learn_sigma", "wo_shift")
+PAIRS = ("patch_size", "hidden_size", "depth", "num_heads")  # of DiTDH: trunk and head
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,10 @@ def resolve_geometry(config: Config) -> Geometry:
     """Derive every size from the encoder where it can be known offline, else from `misc` and the models' sections.
 
     Raises:
-        UserError: two keys contradict each other (both are named), or too little is given to know the latent's size.
+        UserError: two keys contradict each other (both are named), a value is of the wrong kind or range, or too
+            little is given to know the latent's size.
     """
+    _check_sizes(config)
     latent_shape, origin = _latent_shape(config)
     _check_misc_latent(config, latent_shape, origin)
     _check_dit(config.stage_2.target, config.stage_2.params, "stage_2.params", latent_shape, origin)
@@ -60,10 +67,29 @@ def resolve_geometry(config: Config) -> Geometry:
     image_size = _image_size(config, latent_shape)
     num_classes = _num_classes(config)
     null_label = config.misc.null_label if config.misc.null_label is not None else num_classes
+    if null_label is not None and num_classes is not None and not 0 <= null_label <= num_classes:
+        raise UserError(
+            f"misc.null_label is {null_label}, but misc.num_classes is {num_classes}",
+            f"misc.null_label {num_classes}, the row behind the last class",
+        )
     dim = config.misc.time_dist_shift_dim or prod(latent_shape)
-    if config.misc.time_dist_shift_base <= 0:
-        raise UserError(f"misc.time_dist_shift_base is {config.misc.time_dist_shift_base}", "a positive number")
     return Geometry(latent_shape, image_size, num_classes, null_label, sqrt(dim / config.misc.time_dist_shift_base))
+
+
+def _check_sizes(config: Config) -> None:
+    """Refuse sizes below 1, and tokens instead of a grid, which the official files never ask for."""
+    params, misc = config.stage_1.params, config.misc
+    for key, value in (
+        ("stage_1.params.encoder_input_size", params.encoder_input_size),
+        ("stage_1.params.decoder_patch_size", params.decoder_patch_size),
+        ("misc.num_classes", misc.num_classes),
+        ("misc.time_dist_shift_dim", misc.time_dist_shift_dim),
+        ("misc.time_dist_shift_base", misc.time_dist_shift_base),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{key} is {value}", "a positive number")
+    if not params.reshape_to_2d:
+        raise UserError("stage_1.params.reshape_to_2d is false", "true: latents are [C, H, W]", "leave it out")
 
 
 def encoder_facts(params: Stage1Params) -> tuple[int | None, int | None]:
@@ -77,9 +103,22 @@ def encoder_facts(params: Stage1Params) -> tuple[int | None, int | None]:
             raise UserError(f"{config_file} is not JSON: {error}", "the encoder's config.json") from error
         facts = facts.get("vision_config", facts)
         return _number(facts.get("patch_size")), _number(facts.get("hidden_size"))
+    return _published_facts(name.rsplit("/", 1)[-1].lower(), params.encoder_cls)
+
+
+def _published_facts(name: str, encoder_cls: str) -> tuple[int | None, int | None]:
+    """(patch size, width) that a model's published name tells, without its owner's."""
+    if dinov3 := re.match(r"dinov3-vit(7b|[sblh])(\d+)", name):
+        return int(dinov3.group(2)), DINOV3_WIDTHS[dinov3.group(1)]
     named_patch = re.search(r"patch_?(\d+)", name)
-    patch = int(named_patch.group(1)) if named_patch else PATCHES.get(params.encoder_cls)
-    width = next((size for word, size in WIDTHS.items() if word in name), None)
+    if named_patch:
+        patch: int | None = int(named_patch.group(1))
+    else:
+        patch = 14 if name == "vit-mae-huge" else PATCHES.get(encoder_cls)
+    words = re.split(r"[-_]", name)
+    width = next((size for word, size in WIDTHS.items() if word in words), None)
+    if "giant" in words and re.search("dinov2|siglip2", name):
+        width = GIANT
     return patch, width
 
 
@@ -122,6 +161,10 @@ def _check_dit(
     target: str, params: Mapping[str, Any], key: str, latent_shape: tuple[int, int, int], origin: str
 ) -> None:
     channels, grid, _ = latent_shape
+    for name, value in params.items():
+        expected = _unfit(name, value)
+        if expected:
+            raise UserError(f"{key}.{name} is {value!r}", expected)
     if "in_channels" in params and params["in_channels"] != channels:
         raise UserError(
             f"{key}.in_channels is {params['in_channels']}, but the latents have {channels} channels ({origin})",
@@ -138,6 +181,21 @@ def _check_dit(
                 f"{key}: hidden_size {width} with num_heads {heads} ({target})",
                 "a head dimension that is whole and, for 2-D RoPE, divisible by 4",
             )
+
+
+def _unfit(name: str, value: Any) -> str:
+    """What an argument of a diffusion transformer should have been; empty if it can be."""
+    if name in FLAGS:
+        return "" if isinstance(value, bool) else "true or false"
+    if name in ("mlp_ratio", "class_dropout_prob"):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "mlp_ratio":
+            return "" if number and 0 < value < inf else "a number above 0"
+        return "" if number and 0 <= value <= 1 else "a probability"
+    values = value if name in PAIRS and isinstance(value, list | tuple) else [value]
+    if all(isinstance(entry, int) and not isinstance(entry, bool) and entry > 0 for entry in values):
+        return ""
+    return "a whole number above 0" + (", or one for the trunk and one for the head" if name in PAIRS else "")
 
 
 def _image_size(config: Config, latent_shape: tuple[int, int, int]) -> int:

@@ -15,8 +15,12 @@ from rae_fast.errors import UserError
 SHOWN = 3
 
 
-def read_weights_file(path: str | Path) -> Any:
+def read_weights_file(path: str | Path, *, lazy: bool = False) -> Any:
     """What a `.safetensors` or a `.pt` file holds, on the CPU; pickled code is refused, not run.
+
+    Args:
+        path: the file.
+        lazy: the tensors of a `.pt` are read from the disk as they are looked at.
 
     Raises:
         UserError: the file is missing, truncated, not of either format, or holds more than tensors and plain values.
@@ -30,7 +34,7 @@ def read_weights_file(path: str | Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -68,6 +72,46 @@ def select_weights(content: Any, source: str | Path, which: str = "ema") -> dict
     if len(bare) < len(held):
         raise UserError(f"{source}: names collide once module. and _orig_mod. are taken off", "one model's weights")
     return bare
+
+
+def read_statistics(
+    path: str | Path, latent_shape: tuple[int, ...] | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(mean, var) of a file of latent statistics, as stat.pt; an entry that is missing or None is None.
+
+    Args:
+        path: `.pt` or `.safetensors`.
+        latent_shape: [C, H, W] that both must broadcast to; None: any.
+
+    Raises:
+        UserError: not a mapping with `mean` or `var`, of another size, not finite, or a variance below zero.
+    """
+    content = read_weights_file(path)
+    if not isinstance(content, Mapping) or not {"mean", "var"} & set(content):
+        keys = ", ".join(map(str, list(content)[:SHOWN])) if isinstance(content, Mapping) else type(content).__name__
+        raise UserError(f"{path} holds {keys or 'nothing'}", "a mapping with `mean` and `var`, as stat.pt has")
+    mean, var = content.get("mean"), content.get("var")
+    for name, tensor in (("mean", mean), ("var", var)):
+        if tensor is None:
+            continue
+        if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and bool(torch.isfinite(tensor).all())):
+            raise UserError(f"{path}: `{name}` is not a tensor of finite numbers", "finite latent statistics")
+        if latent_shape is not None and not _broadcasts(tensor, latent_shape):
+            raise UserError(
+                f"{path}: `{name}` has shape {list(tensor.shape)}, but the encoder makes latents {list(latent_shape)}",
+                f"shape {list(latent_shape)}",
+                "change the file (stage_1.params.normalization_stat_path or cache.statistics) or encoder_input_size",
+            )
+    if var is not None and bool((var < 0).any()):
+        raise UserError(f"{path}: `var` has negative entries", "variances", "`var` must not hold standard deviations")
+    return mean, var
+
+
+def _broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    try:
+        return torch.broadcast_shapes(tensor.shape, shape) == shape
+    except RuntimeError:
+        return False
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Any], source: str | Path, cause: str = "") -> None:

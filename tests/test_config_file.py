@@ -107,6 +107,8 @@ def test_overrides_win_and_know_dashes(tmp_path) -> None:
         ("data.crop=exat", r"data\.crop is 'exat' \(did you mean 'exact'\?\); expected one of exact, fast"),
         ("training=3", "training is 3; expected a mapping"),
         ("cache.views=[mirror]", "cache.views holds 'mirror'"),
+        ("stage_1.target=stage1.VAE", r"stage_1\.target is 'stage1\.VAE' \(did you mean 'stage1\.RAE'\?\)"),
+        ("stage_1.params.encoder_cls=Dinov2WithNorm", "did you mean 'Dinov2withNorm'"),
         ("guidance.method=autoguidance", None),
         ("noequals", "expected key=value"),
         ("--flag=1", "expected key=value"),

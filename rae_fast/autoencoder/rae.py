@@ -6,7 +6,6 @@ Shapes: B samples, C latent channels, H and W latent sides (or image sides, for 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from rae_fast.autoencoder.decoder import ViTDecoder, load_decoder_config, load_decoder_weights
 from rae_fast.encoders import FrozenEncoder, build_encoder, encoder_facts
 from rae_fast.errors import UserError
-from rae_fast.weights import read_weights_file
+from rae_fast.weights import read_statistics
 
 if TYPE_CHECKING:
     from rae_fast.config import Stage1
@@ -141,25 +140,6 @@ def add_latent_noise(
     return tokens_BNC + tau * u.reshape(-1, 1, 1) * n_BNC
 
 
-def load_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:
-    """(mean, var) [C, H, W] of a statistics file; an entry that is missing or None is None.
-
-    Raises:
-        UserError: not a mapping with `mean` or `var`, or a variance that is negative or not finite.
-    """
-    content = read_weights_file(path)
-    if not isinstance(content, dict) or not {"mean", "var"} & set(content):
-        keys = sorted(content)[:5] if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path} holds {keys}", "a mapping with `mean` and `var`, as stat.pt has")
-    mean, var = content.get("mean"), content.get("var")
-    for name, tensor in (("mean", mean), ("var", var)):
-        if tensor is not None and not (isinstance(tensor, Tensor) and bool(torch.isfinite(tensor).all())):
-            raise UserError(f"{path}: `{name}` is not a tensor of finite numbers", "finite latent statistics")
-    if var is not None and bool((var < 0).any()):
-        raise UserError(f"{path}: `var` has negative entries", "variances", "`var` must not hold standard deviations")
-    return mean, var
-
-
 def build_rae(stage1: Stage1, *, need_encoder: bool = True, need_decoder: bool = True) -> RAE:
     """The autoencoder of a config, with its weights.
 
@@ -180,8 +160,7 @@ def build_rae(stage1: Stage1, *, need_encoder: bool = True, need_decoder: bool =
     grid = facts.grid(params.encoder_input_size)
     mean, var = None, None
     if params.normalization_stat_path is not None:
-        mean, var = load_statistics(params.normalization_stat_path)
-        _check_statistics(params.normalization_stat_path, mean, var, (facts.hidden_size, grid, grid))
+        mean, var = read_statistics(params.normalization_stat_path, (facts.hidden_size, grid, grid))
     return RAE(
         encoder,
         _build_decoder(stage1, facts.hidden_size, grid) if need_decoder else None,
@@ -205,21 +184,3 @@ def _build_decoder(stage1: Stage1, hidden_size: int, grid: int) -> ViTDecoder:
     if weights is not None:
         load_decoder_weights(decoder, weights)
     return decoder
-
-
-def _check_statistics(
-    path: str | None, mean: Tensor | None, var: Tensor | None, latent_shape: tuple[int, int, int]
-) -> None:
-    for name, tensor in (("mean", mean), ("var", var)):
-        if tensor is None:
-            continue
-        try:
-            fits = torch.broadcast_shapes(tensor.shape, latent_shape) == latent_shape
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise UserError(
-                f"{path}: `{name}` has shape {list(tensor.shape)}, but the encoder makes latents {list(latent_shape)}",
-                f"shape {list(latent_shape)}",
-                "change stage_1.params.normalization_stat_path or encoder_input_size",
-            )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rae_fast.dit.blocks import AdaLNBlock, FinalLayer
 from rae_fast.dit.embed import LabelEmbed, PatchEmbed, TimestepEmbed
 from rae_fast.dit.trunk import DiffusionTransformer, check_heads, rope_table, square
+from rae_fast.errors import UserError
 from rae_fast.patches import sincos_table, unpatchify
 
 
@@ -58,6 +59,9 @@ class LightningDiT(DiffusionTransformer):
     ) -> None:
         patch_size = square("patch_size", patch_size)
         super().__init__(input_size=input_size, in_channels=in_channels, patch_size=patch_size, num_classes=num_classes)
+        for name, value in (("hidden_size", hidden_size), ("depth", depth), ("num_heads", num_heads)):
+            if not isinstance(value, int):
+                raise UserError(f"stage_2.params.{name} is {value}", "one number: LightningDiT has no head")
         check_heads(hidden_size, num_heads)
         self.learn_sigma = learn_sigma
         self.pos_embed = nn.Parameter(sincos_table(hidden_size, self.grid), requires_grad=False)

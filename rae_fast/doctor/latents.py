@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rae_fast.autoencoder.rae import build_rae, load_statistics
+from rae_fast.autoencoder.rae import build_rae
 from rae_fast.config import Config, Stage1
 from rae_fast.config_file import load_config
 from rae_fast.doctor.evidence import Evidence
@@ -25,6 +25,7 @@ from rae_fast.latents.plan import NONE, check_encoder
 from rae_fast.latents.preview import source_crops, spread_rows
 from rae_fast.latents.store import LatentStore, open_store
 from rae_fast.training.run_folder import plain
+from rae_fast.weights import read_statistics
 
 STATISTICS_IMAGES, PAIRS = 256, 8
 UNIT_STD = (0.75, 1.33)
@@ -84,7 +85,7 @@ def _statistics(sampling: Config, store: LatentStore) -> Finding:
         found = "no stage_1.params.normalization_stat_path: samples are decoded right only where the store is at hand"
         return Finding("statistics", OK, found)
     try:
-        mean, var = load_statistics(path)
+        mean, var = read_statistics(path)
     except UserError as error:
         return Finding("statistics", WRONG, error.found, f"take the store's: tools/convert.py, or {store.url}")
     for name, ours, theirs, default in (("mean", mean, store.mean, 0.0), ("variance", var, store.var, 1.0)):

@@ -29,7 +29,7 @@ def model_folder(name: str, revision: str | None) -> tuple[Path, str | None]:
     if folder.is_dir():
         raise UserError(f"{folder} has no {CONFIG}", "a folder in Hugging Face's layout")
     for patterns in WEIGHTS:
-        folder = _snapshot(name, revision, patterns)
+        folder = _snapshot(name, revision, patterns, "encoder_params")
         if _weight_files(folder):
             return folder, folder.name if COMMIT.fullmatch(folder.name) else revision
     raise UserError(f"{name} on the hub has no weights", "model.safetensors or pytorch_model.bin")
@@ -41,10 +41,10 @@ def processor_folder(name: str) -> Path:
     Raises:
         UserError: as `model_folder`.
     """
-    return Path(name) if Path(name).is_dir() else _snapshot(name, None, ())
+    return Path(name) if Path(name).is_dir() else _snapshot(name, None, (), "encoder_config_path")
 
 
-def _snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def _snapshot(name: str, revision: str | None, patterns: Sequence[str], key: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     try:
@@ -52,10 +52,10 @@ def _snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"encoder {name}{f' at {revision}' if revision else ''} is neither a local folder nor to be had from the "
-            f"hub: {reason}",
-            f"a folder with {CONFIG}, {PREPROCESSOR} and model.safetensors",
-            f"download it where there is a network (hf download {name}) and set stage_1.params.encoder_params to its "
+            f"stage_1.params.{key}: {name}{f' at {revision}' if revision else ''} is neither a local folder nor to be "
+            f"had from the hub: {reason}",
+            f"a folder with {CONFIG}, {PREPROCESSOR}{' and model.safetensors' if patterns else ''}",
+            f"download it where there is a network (hf download {name}) and set stage_1.params.{key} to its "
             f"folder, or copy it into {constants.HF_HUB_CACHE}",
         ) from error
 

@@ -139,6 +139,12 @@ def load_transformer(model_class: Any, folder: Path, options: EncoderOptions, **
                 output_loading_info=True,
                 **settings,
             )
+    except ImportError as error:
+        raise UserError(
+            f"stage_1.params.encoder_params.attention is {options.attention!r}: {str(error).strip().splitlines()[0]}",
+            "an implementation that is installed",
+            "set it to sdpa",
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from rae_fast.autoencoder.decoder import read_decoder_weights
-from rae_fast.autoencoder.rae import load_statistics
 from rae_fast.config_file import load_config
 from rae_fast.dit.registry import build_dit
 from rae_fast.errors import UserError
@@ -25,7 +24,7 @@ from rae_fast.geometry import dit_params, resolve_geometry
 from rae_fast.latents.stats import save_statistics
 from rae_fast.provenance import atomic_write
 from rae_fast.runtime import DTYPES
-from rae_fast.weights import check_fit, load_strictly, read_weights_file, select_weights
+from rae_fast.weights import check_fit, load_strictly, read_statistics, read_weights_file, select_weights
 
 WEIGHTS = ("ema", "model")
 
@@ -184,7 +183,7 @@ def convert_decoder(source: str | Path, target: str | Path, which: str = "ema", 
 
 def convert_statistics(source: str | Path, target: str | Path) -> tuple[int, ...]:
     """Rewrite latent statistics as stat.pt with both entries, or as .safetensors; returns their shape."""
-    mean, var = load_statistics(source)
+    mean, var = read_statistics(source)
     given = {name: value for name, value in (("mean", mean), ("var", var)) if value is not None}
     if Path(target).suffix == ".safetensors":
         save_weights(target, given)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from rae_fast.errors import UserError
 from rae_fast.latents.layout import single_chunk_key
 from rae_fast.latents.storage import Storage
 from rae_fast.provenance import atomic_write
+from rae_fast.weights import read_statistics
 
 BLOCK = 16
 MEAN, VAR = (single_chunk_key(f"stats/{name}", 3) for name in ("mean", "var"))
@@ -151,21 +151,11 @@ def load_statistics(path: str, latent_shape: tuple[int, ...]) -> tuple[Tensor, T
     """Mean and variance float32 [C, H, W] of a `stat.pt`; either may be missing in it (0 and 1 then).
 
     Raises:
-        UserError: it is not such a file, or of another size.
+        UserError: see `read_statistics`.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        found = {name: content.get(name) for name in ("mean", "var")}
-    except (OSError, RuntimeError, ValueError, AttributeError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read: {error}", "a stat.pt with `mean` and `var`") from error
-    filled = []
-    for name, default in (("mean", 0.0), ("var", 1.0)):
-        value = torch.tensor(default) if found[name] is None else found[name].float()
-        try:
-            filled.append(value.broadcast_to(latent_shape))
-        except RuntimeError as error:
-            raise UserError(f"{path}: {name} has shape {list(value.shape)}", f"{list(latent_shape)}") from error
-    return filled[0], filled[1]
+    mean, var = read_statistics(path, latent_shape)
+    filled = (torch.tensor(0.0) if mean is None else mean, torch.tensor(1.0) if var is None else var)
+    return filled[0].float().broadcast_to(latent_shape), filled[1].float().broadcast_to(latent_shape)
 
 
 def write_statistics(storage: Storage, mean: Tensor, var: Tensor) -> None:

@@ -199,10 +199,12 @@ def begin_place(config: Config, storage: Storage, attrs: dict[str, Any]) -> None
 
     Computed ones come with the first pass.
     """
-    storage.write(BEGUN, b"")
     source, shape = attrs["normalization"]["source"], tuple(attrs["latent_shape"])
-    if source == GIVEN:
-        write_statistics(storage, *load_statistics(statistics_path(config), shape))
+    # Before anything is written: the file may be none of statistics.
+    given = load_statistics(statistics_path(config), shape) if source == GIVEN else None
+    storage.write(BEGUN, b"")
+    if given is not None:
+        write_statistics(storage, *given)
     elif source != COMPUTED:
         write_statistics(storage, torch.zeros(shape), torch.ones(shape))
 

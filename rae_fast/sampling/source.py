@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rae_fast.autoencoder.rae import RAE, load_statistics
+from rae_fast.autoencoder.rae import RAE
 from rae_fast.config import Config
 from rae_fast.config_file import load_config
 from rae_fast.errors import UserError
@@ -22,7 +22,7 @@ from rae_fast.provenance import read_json
 from rae_fast.training.dit_setup import LABEL_TABLE, open_checked_store
 from rae_fast.training.previews import decoder_of, has_decoder
 from rae_fast.training.restore import newest
-from rae_fast.weights import select_weights
+from rae_fast.weights import read_statistics, read_weights_file, select_weights
 
 RUN_CONFIG = "config.yaml"
 
@@ -152,16 +152,15 @@ def _with_classes(config: Config) -> Config:
 
 
 def _label_rows(path: Path) -> int:
-    """Rows of the label table, without reading the rest of the file."""
+    """Rows of the label table."""
     if path.is_dir():
         return int(read_json(newest(path) / "manifest.json")["engines"]["model"]["shapes"][LABEL_TABLE][0])
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            return int(file.get_slice(LABEL_TABLE).get_shape()[0])
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return len(select_weights(content, path)[LABEL_TABLE])
+    tensors = select_weights(read_weights_file(path, lazy=True), path)
+    if LABEL_TABLE not in tensors:
+        raise UserError(
+            f"{path} holds {', '.join(list(tensors)[:3])}", f"a diffusion transformer ({LABEL_TABLE})", "check the file"
+        )
+    return len(tensors[LABEL_TABLE])
 
 
 # --- decoder --------------------------------------------------------------------------------------------------------
@@ -204,7 +203,7 @@ def _store_of(config: Config) -> LatentStore | None:
 
 
 def _check_same_statistics(store: LatentStore, path: str) -> None:
-    mean, var = load_statistics(path)
+    mean, var = read_statistics(path)
     for name, ours, theirs in (("mean", store.mean, mean), ("var", store.var, var)):
         default = torch.zeros(()) if name == "mean" else torch.ones(())
         theirs = default if theirs is None else theirs

@@ -171,6 +171,7 @@ def test_equal_widths_need_no_projection_and_one_number_serves_both_parts() -> N
         ("DiTDH", {"patch_size": [1, 2], "input_size": 4}, "patch_size"),
         ("DiTDH", {"input_size": 5, "patch_size": 2}, "input_size is 5"),
         ("LightningDiT", {"hidden_size": 24, "num_heads": 4}, "head width 6"),
+        ("LightningDiT", {"hidden_size": [8, 16]}, r"hidden_size is \[8, 16\]; expected one number"),
         ("LightningDiT", {"hidden_size": 24, "num_heads": 5}, "num_heads 5"),
     ],
 )

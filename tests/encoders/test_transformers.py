@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from rae_fast.config import CHOICES
 from rae_fast.encoders import FrozenEncoder, build_encoder, encoder_facts
+from rae_fast.encoders.registry import ENCODERS
 from rae_fast.errors import UserError
 from rae_fast.provenance import sha256_file
 
@@ -297,6 +303,52 @@ def test_options_that_cannot_be_are_refused_with_the_key(
 ) -> None:
     with pytest.raises(UserError, match=message):
         build_encoder(encoder_cls, input_size=size, params={"path": str(folders["dinov2"]), **params})
+
+
+def test_the_names_of_the_schema_are_those_of_the_encoders() -> None:
+    assert set(CHOICES["stage_1.params.encoder_cls"]) == set(ENCODERS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_written_out_agrees_with_the_fused_one(folders: dict[str, Path], name: str) -> None:
+    fused, plain = encoder(folders, name), encoder(folders, name, attention="eager")
+    assert fused.model.config._attn_implementation == "sdpa"
+    assert plain.model.config._attn_implementation == "eager"
+    torch.testing.assert_close(fused(images()), plain(images()), atol=1e-4, rtol=1e-4)
+
+
+def test_attention_that_is_not_installed_is_refused_with_the_key(folders: dict[str, Path]) -> None:
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash_attn is installed here")
+    with pytest.raises(UserError, match=r"encoder_params\.attention is 'flash_attention_2'.*set it to sdpa"):
+        encoder(folders, "dinov2", attention="flash_attention_2")
+    with pytest.raises(UserError, match="attentoin"):
+        encoder(folders, "dinov2", attention="attentoin")
+
+
+def test_without_a_network_the_key_the_model_and_the_cache_are_named(tmp_path: Path) -> None:
+    """In a process of its own: the hub's client reads its environment when it is imported."""
+    program = (
+        "from rae_fast.encoders import build_encoder, encoder_facts\n"
+        "from rae_fast.errors import UserError\n"
+        "import sys\n"
+        "folder = sys.argv[1]\n"
+        "absent = {'dinov2_path': 'some/model', 'revision': 'v1'}\n"
+        "for params, place in ((absent, None), ({'path': folder}, 'some/it')):\n"
+        "    try:\n"
+        "        build_encoder('Dinov2withNorm', input_size=56, params=params, config_path=place)\n"
+        "    except UserError as error:\n"
+        "        print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**SHARED, image_size=70, patch_size=14))
+    model.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", program, str(tmp_path / "model")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    model_line, processor_line = done.stdout.splitlines()
+    assert "stage_1.params.encoder_params: some/model at v1" in model_line
+    assert "hf download some/model" in model_line and str(tmp_path) in model_line
+    assert "stage_1.params.encoder_config_path: some/it" in processor_line
 
 
 def test_official_options_are_accepted(folders: dict[str, Path]) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from rae_fast.autoencoder.decoder import DecoderConfig, ViTDecoder, load_decoder_config, load_decoder_weights
-from rae_fast.autoencoder.rae import load_statistics
 from rae_fast.dit.registry import build_dit
 from rae_fast.interop.archive import pack, unpack
 from rae_fast.interop.official import (
@@ -24,6 +23,7 @@ from rae_fast.interop.official import (
     read_dit_weights,
     save_content,
 )
+from rae_fast.weights import read_statistics
 
 if TYPE_CHECKING:
     from conftest import Golden
@@ -165,7 +165,7 @@ def test_statistics_of_all_three_forms_go_out_and_back(golden_dir: Path, tmp_pat
         assert set(back) == {"mean", "var"}
         for name in back:
             assert_same(content.get(name), back[name])
-        for ours, name in zip(load_statistics(tmp_path / "back.pt"), ("mean", "var"), strict=True):
+        for ours, name in zip(read_statistics(tmp_path / "back.pt"), ("mean", "var"), strict=True):
             assert_same(ours, content.get(name))
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rae_fast.autoencoder.rae import RAE, build_rae, load_statistics
+from rae_fast.autoencoder.rae import RAE, build_rae
 from rae_fast.config import Stage1, Stage1Params
+from rae_fast.weights import read_statistics
 
 if TYPE_CHECKING:
     from conftest import Golden
@@ -58,7 +59,7 @@ def test_images_are_prepared_and_encoded_as_in_the_reference(golden: Golden) -> 
 def test_statistics_in_their_three_forms_normalize_as_in_the_reference(golden: Golden) -> None:
     whole, var_only = build(golden, "stat.pt"), build(golden, "stat_varonly.pt")
     mean_none = build(golden, "stat_meannone.pt")
-    mean, var = load_statistics(golden.path.parent / "stat.pt")
+    mean, var = read_statistics(golden.path.parent / "stat.pt")
     assert torch.equal(mean, golden["stat/mean"])
     assert torch.equal(var, golden["stat/var"])
     assert_close(whole.encode(golden["in/image"]), golden["out/encode_stat"])
