@@ -39,7 +39,7 @@ DECODER = {
     "hidden_act": "gelu",
 }
 CONFIG = """
-stage_1: {params: {encoder_input_size: 32, decoder_patch_size: 16, noise_tau: 0.1}}
+stage_1: {params: {encoder_input_size: 32, decoder_patch_size: 16, noise_tau: 0.05}}
 stage_2:
   target: DiTDH
   params: {hidden_size: [128, 128], depth: [2, 2], num_heads: [4, 4], class_dropout_prob: 0.0}
@@ -62,7 +62,7 @@ training:
   scheduler: {type: wsd, warmup_steps: 50, warmup_from_zero: true}
 runtime: {device: cpu, precision: fp32, engine: ddp}
 """
-DECODER_STEPS, STEPS = 400, 600
+DECODER_STEPS, STEPS = 1000, 600
 
 
 def draw_images_of_classes(folder: Path) -> np.ndarray:
