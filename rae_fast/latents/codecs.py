@@ -100,11 +100,11 @@ class CodecError:
 
     def update(self, z_BCHW: Tensor, decoded_BCHW: Tensor) -> None:
         """Count one batch of latents and what they decode to."""
-        difference = (z_BCHW - decoded_BCHW).abs().flatten(1)
-        # Row by row, then exactly: the sums must not depend on how many threads shared the work.
-        self.signal = fsum([self.signal, *z_BCHW.flatten(1).square().sum(1, dtype=torch.float64).tolist()])
-        self.error = fsum([self.error, *difference.square().sum(1, dtype=torch.float64).tolist()])
-        self.largest = max(self.largest, float(difference.max()))
+        difference_BCHW = z_BCHW - decoded_BCHW
+        self.signal = fsum([self.signal, *_square_sums(z_BCHW)])
+        self.error = fsum([self.error, *_square_sums(difference_BCHW)])
+        low, high = difference_BCHW.aminmax()
+        self.largest = max(self.largest, -float(low), float(high))
 
     def add(self, other: CodecError) -> None:
         """Add another shard's sums."""
@@ -126,3 +126,11 @@ class CodecError:
             "snr_db": round(-10 * log10(ratio), 3),
             "max_error": self.largest,
         }
+
+
+def _square_sums(values_BCHW: Tensor) -> list[float]:
+    """Sum of squares of each sample: in float32 over a channel's few values, then in float64.
+
+    In an order that does not depend on how many threads share the work.
+    """
+    return values_BCHW.flatten(2).square().sum(2).sum(1, dtype=torch.float64).tolist()
