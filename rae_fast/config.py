@@ -355,6 +355,7 @@ class Logging:
 
     run_folder: str | None = None  # None: runs/<name of the config file>
     wandb: str = "off"  # off, online, offline
+    tensorboard: bool = False  # event files in the run folder's tensorboard/
     project: str = "rae_fast"  # wandb project
     entity: str | None = None  # wandb entity
     name: str | None = None  # wandb name; None: the run folder's

@@ -33,9 +33,9 @@ from rae_fast.training.batching import checkpoint_interval, count_steps, plan_ba
 from rae_fast.training.checkpoint import Checkpointer
 from rae_fast.training.monitor import Monitor, append_line, truncate_log
 from rae_fast.training.run_folder import StopSignals, describe_run, plain, run_folder, share_threads, sole_run
+from rae_fast.training.sinks import open_sink
 from rae_fast.training.stall import Heartbeat
 from rae_fast.training.trace import StepTrace
-from rae_fast.training.wandb_sink import open_sink
 
 EVALUATIONS = "eval.jsonl"
 
@@ -137,7 +137,13 @@ class DecoderRun:
             max_nonfinite=self.config.training.max_nonfinite,
             device=self.device,
             label="decoder",
-            sink=open_sink(self.config.logging, self.folder, self.ranks, plain(asdict(self.config))),
+            sink=open_sink(
+                self.config.logging,
+                self.folder,
+                self.ranks,
+                plain(asdict(self.config)),
+                self.step * self.batches.global_batch,
+            ),
         )
 
     # --- the loop ---------------------------------------------------------------------------------------------------

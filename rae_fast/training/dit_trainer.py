@@ -39,6 +39,7 @@ from rae_fast.training.checkpoint import Checkpointer
 from rae_fast.training.dit_setup import (
     TrainingData,
     build_model,
+    check_pretrained,
     load_pretrained,
     open_training_data,
     out_of_memory,
@@ -52,9 +53,9 @@ from rae_fast.training.pairs import PairMaker
 from rae_fast.training.previews import Previews, decoder_of, has_decoder
 from rae_fast.training.run_folder import StopSignals, describe_run, plain, run_folder, share_threads, sole_run
 from rae_fast.training.schedule import build_schedule
+from rae_fast.training.sinks import open_sink
 from rae_fast.training.stall import Heartbeat
 from rae_fast.training.trace import StepTrace
-from rae_fast.training.wandb_sink import open_sink
 
 # Edges of the timestep bands whose losses are logged apart.
 BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -83,6 +84,8 @@ def train_dit(config: Config, ranks: Ranks | None = None, *, name: str = "dit") 
     folder = run_folder(config, name)
     batches = plan_batches(config.training, ranks)
     data = open_training_data(config, batches, ranks, device)
+    if config.stage_2.ckpt is not None and not any((folder / "checkpoints").glob("step-*")):
+        check_pretrained(config, data.geometry)
     init_distributed(ranks, device)
     with sole_run(folder, ranks), StopSignals() as signals:
         describe_run(folder, config, ranks, device, data.identity, data=data.facts)
@@ -223,7 +226,11 @@ class DiTRun:
             device=self.device,
             label="DiT",
             sink=open_sink(
-                self.config.logging, self.folder, self.ranks, {**plain(asdict(self.config)), "made_from": self.facts}
+                self.config.logging,
+                self.folder,
+                self.ranks,
+                {**plain(asdict(self.config)), "made_from": self.facts},
+                self.engine.steps * self.batches.global_batch,
             ),
         )
 
