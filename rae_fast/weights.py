@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ def read_weights_file(path: str | Path, *, lazy: bool = False) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        # torch's own message is a page that ends with advice to run the code.
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
-            f"{path} cannot be read as weights: {reason}",
+            f"{path} cannot be read as weights{f': it asks for {wanted.group(1)}' if wanted else ''}",
             "tensors and plain values only",
             "it is corrupt, or holds pickled code, which is never run",
         ) from error

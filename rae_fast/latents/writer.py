@@ -135,6 +135,9 @@ def preparation(
     device = pick_device(config.runtime.device, ranks.local_rank)
     encoder = LatentEncoder(config.stage_1.params, config.cache.precision, device)
     wanted = describe(config, source, encoder)
+    if wanted["normalization"]["source"] == GIVEN:
+        # Refused here, before a place is begun.
+        load_statistics(statistics_path(config), tuple(wanted["latent_shape"]))
 
     def prepare() -> Build | None:
         if ranks.is_main:
@@ -199,12 +202,10 @@ def begin_place(config: Config, storage: Storage, attrs: dict[str, Any]) -> None
 
     Computed ones come with the first pass.
     """
-    source, shape = attrs["normalization"]["source"], tuple(attrs["latent_shape"])
-    # Before anything is written: the file may be none of statistics.
-    given = load_statistics(statistics_path(config), shape) if source == GIVEN else None
     storage.write(BEGUN, b"")
-    if given is not None:
-        write_statistics(storage, *given)
+    source, shape = attrs["normalization"]["source"], tuple(attrs["latent_shape"])
+    if source == GIVEN:
+        write_statistics(storage, *load_statistics(statistics_path(config), shape))
     elif source != COMPUTED:
         write_statistics(storage, torch.zeros(shape), torch.ones(shape))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rae_fast.config import Config
 from rae_fast.dit.fused import use_kernels
@@ -22,7 +23,7 @@ from rae_fast.runtime import Ranks
 from rae_fast.training.batching import BatchPlan, ema_decays
 from rae_fast.training.deepspeed_setup import read_deepspeed_config, zero_stage
 from rae_fast.training.memory import advise, plan_memory
-from rae_fast.weights import load_strictly
+from rae_fast.weights import check_fit, load_strictly, read_weights_file, select_weights
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 
@@ -143,7 +144,29 @@ def load_pretrained(model: DiffusionTransformer, path: str, *, say: bool = True)
     Raises:
         UserError: the file cannot be read, or anything but the label table does not fit.
     """
-    tensors = read_dit_weights(path)
+    tensors = _with_own_labels(model, read_dit_weights(path), path, say)
+    load_strictly(model, tensors, path, likely_cause(model.state_dict(), tensors))
+
+
+def check_pretrained(config: Config, geometry: Geometry) -> None:
+    """Refuse a `stage_2.ckpt` that does not fit, before a run is begun; nothing is built in memory.
+
+    Raises:
+        UserError: see `load_pretrained`.
+    """
+    path = config.stage_2.ckpt
+    assert path is not None
+    with torch.device("meta"):
+        model = build_model(config, geometry)
+    held = select_weights(read_weights_file(path, lazy=True), path)
+    tensors = _with_own_labels(model, held, path, say=False)
+    check_fit(model, tensors, path, likely_cause(model.state_dict(), tensors))
+
+
+def _with_own_labels(
+    model: DiffusionTransformer, tensors: dict[str, Tensor], path: str, say: bool
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors with a fresh label table, where its own is of another number of classes."""
     table = model.y_embedder.embedding_table.weight
     given = tensors.get(LABEL_TABLE)
     if given is not None and given.shape != table.shape and given.shape[1:] == table.shape[1:]:
@@ -153,7 +176,7 @@ def load_pretrained(model: DiffusionTransformer, path: str, *, say: bool = True)
         tensors = {**tensors, LABEL_TABLE: fresh}
         if say:
             print(f"{path} has {len(given)} labels, this model {len(table)}: the label table starts fresh", flush=True)
-    load_strictly(model, tensors, path, likely_cause(model.state_dict(), tensors))
+    return tensors
 
 
 def training_flops(config: Config, geometry: Geometry) -> float:
