@@ -62,8 +62,10 @@ def golden_dir(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Golden:
-    return Golden(request.param)
+def golden(request: pytest.FixtureRequest) -> Iterator[Golden]:
+    found = Golden(request.param)
+    yield found
+    found.arrays.close()
 
 
 @pytest.fixture(scope="session")
@@ -79,9 +81,17 @@ def golden_file(golden_dir: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def read_golden(golden_file: Callable[[str], Path]) -> Callable[[str], Golden]:
+def read_golden(golden_file: Callable[[str], Path]) -> Iterator[Callable[[str], Golden]]:
     """Name within the folder -> its arrays; the test is skipped where the folder has no such file."""
-    return lambda name: Golden(golden_file(name))
+    opened: list[Golden] = []
+
+    def read(name: str) -> Golden:
+        opened.append(Golden(golden_file(name)))
+        return opened[-1]
+
+    yield read
+    for found in opened:
+        found.arrays.close()
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,15 @@ With x1 ~ N(m, s^2) and x_t = alpha x1 + sigma x0:  x_t ~ N(alpha m, V),  V = al
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
 
 from rae_fast.config import SamplerParams, SamplerSection, TransportParams
-from rae_fast.transport.grid import scalar
-from rae_fast.transport.objective import PREDICTIONS, Transport
+from rae_fast.transport.grid import GRIDS, scalar
+from rae_fast.transport.objective import LOSS_WEIGHTS, PREDICTIONS, Transport
 from rae_fast.transport.paths import PATHS, Path, build_path
 from rae_fast.transport.samplers import FIXED_STEP, sample, sample_ode
 from rae_fast.transport.sde import DIFFUSION_FORMS, sample_sde
@@ -149,6 +151,47 @@ def test_ode_ends_in_the_data_distribution(name: str, prediction: str, grid: str
     tolerance = 5e-3 if name != "VP" else 0.04 if grid == "reference" else 0.01
     assert mean == pytest.approx(MEAN, abs=tolerance)
     assert std == pytest.approx(STD, abs=tolerance)
+
+
+@pytest.mark.parametrize("shift", [0.3, 7.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", PATHS)
+def test_ode_ends_near_its_data_for_every_method_grid_and_shift(name: str, prediction: str, shift: float) -> None:
+    """Between Gaussians the flow is affine: noise z ends at m + s z."""
+    transport = Transport(TransportParams(path_type=name, prediction=prediction), shift=shift)
+    model = getattr(Gaussian(transport.path), prediction)
+    noise = torch.linspace(-2, 2, 9)[:, None]
+    for grid in GRIDS:
+        for method in (*FIXED_STEP, "dopri5"):
+            params = SamplerParams(sampling_method=method, num_steps=30, grid=grid)
+            result = sample(
+                SamplerSection("ODE", params),
+                transport,
+                lambda x, t: model(x, t.double() if isinstance(t, Tensor) else scalar(t)).float(),
+                noise,
+            )
+            error = (result - (MEAN + STD * noise)).abs().max().item()
+            # The reference's grid starts on VP where the velocity is infinite, and takes one Euler step from there.
+            assert error < (2.0 if name == "VP" and grid == "reference" else 0.25), (grid, method)
+
+
+# Likelihood with predicted data is refused, see test_samplers.py.
+LOSSES = [pair for pair in product(PREDICTIONS, LOSS_WEIGHTS) if pair != ("data", "likelihood")]
+
+
+@pytest.mark.parametrize(("prediction", "weight"), LOSSES)
+@pytest.mark.parametrize("name", PATHS)
+def test_losses_are_finite_and_not_negative_at_all_times_that_are_drawn(
+    name: str, prediction: str, weight: str
+) -> None:
+    uniforms = torch.tensor([0.0, 1e-9, 1e-4, 0.3, 0.7, 0.999, 1 - 2**-24])
+    data, noise = torch.randn(2, 7, 2, 3, 3, generator=torch.Generator().manual_seed(7))
+    for times in ("uniform", "logit-normal_0_1"):
+        for shift in (0.3, 1.0, 7.0):
+            params = TransportParams(path_type=name, prediction=prediction, loss_weight=weight, time_dist_type=times)
+            transport = Transport(params, shift)
+            loss = transport.loss(lambda x, t: 0.3 * x, data, transport.sample_time(uniforms), noise)
+            assert loss.isfinite().all() and (loss >= 0).all(), (times, shift)
 
 
 ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "heun3": 3, "rk4": 4}
