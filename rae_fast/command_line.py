@@ -43,6 +43,11 @@ def tool_parser(description: str, example: str, *, config: bool = True) -> argpa
     return parser
 
 
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """`--dry-run`, for tools that work long."""
+    parser.add_argument("--dry-run", action="store_true", help="say what it would take, and stop")
+
+
 def parse_tool(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """Parse the command line of a tool that takes a config.
 

@@ -7,6 +7,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -52,6 +53,22 @@ def ranks_from_environment() -> Ranks:
             "start through torchrun or deepspeed, or unset both",
         )
     return ranks
+
+
+def on_all_devices(device: str, run: Callable[[Ranks], object]) -> None:
+    """Call `run` with this process's ranks; where `device` is xla and the machine a TPU, in one process for each chip.
+
+    Args:
+        device: as `runtime.device`.
+        run: picklable.
+    """
+    ranks = ranks_from_environment()
+    if device != "xla":
+        run(ranks)
+        return
+    from rae_fast.xla.device import launch
+
+    launch(run, ranks)
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:

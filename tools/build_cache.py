@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from rae_fast.command_line import parse_tool, tool_parser
+from rae_fast.command_line import add_dry_run, parse_tool, tool_parser
 from rae_fast.errors import exit_cleanly
 from rae_fast.latents.writer import Stopped, build_caches
 from rae_fast.progress import clock
@@ -20,7 +20,14 @@ EXAMPLE = "python tools/build_cache.py --config configs/demo.yaml data.source=ph
 
 def main() -> int:
     """Build the stores of a config."""
-    config, _ = parse_tool(tool_parser(str(__doc__), EXAMPLE))
+    parser = tool_parser(str(__doc__), EXAMPLE)
+    add_dry_run(parser)
+    config, args = parse_tool(parser)
+    if args.dry_run:
+        from rae_fast.planner.page import planned
+
+        print(planned(config))
+        return 0
     ranks = ranks_from_environment()
     try:
         reports = build_caches(config, ranks)

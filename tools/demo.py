@@ -12,9 +12,7 @@ def main() -> None:
     """Parse the command line and run the demo."""
     parser = tool_parser(__doc__, "python tools/demo.py --data ~/photos", config=False)
     parser.add_argument("--data", type=Path, help="ImageFolder to use instead of drawing one")
-    parser.add_argument(
-        "--folder", type=Path, help="where everything goes (runs/demo or runs/demo-<data>)"
-    )
+    parser.add_argument("--folder", type=Path, help="where everything goes (runs/demo or runs/demo-<data>)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of configs/demo*.yaml to change")
     args = parser.parse_intermixed_args()
 

@@ -7,11 +7,12 @@ Sample i depends on the seed and i alone. The same command goes on where an inte
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-from rae_fast.command_line import tool_parser
+from rae_fast.command_line import add_dry_run, tool_parser
 from rae_fast.errors import exit_cleanly
-from rae_fast.runtime import follow_supervisor, ranks_from_environment
+from rae_fast.runtime import follow_supervisor, on_all_devices
 
 EXAMPLE = (
     "python tools/sample.py --run runs/demo/dit --folder runs/samples --classes star,ring --count 16 \\\n"
@@ -23,9 +24,9 @@ def main() -> None:
     """Parse the command line and sample."""
     args = _parser().parse_intermixed_args()
     follow_supervisor()
-    from rae_fast.sampling.request import run_request  # after parsing: it takes seconds to import
+    from rae_fast.sampling.request import answer  # after parsing: it takes seconds to import
 
-    print(run_request(args, ranks_from_environment()), end="")
+    on_all_devices("xla" if "runtime.device=xla" in args.overrides else "auto", partial(answer, args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sweep", action="store_true", help="only sweep.png: a row for each of --classes, the same noise in a column")
     add("--interpolate", metavar="A,B", help="only interpolation.png: rows that lead from class A to class B")
     add("--fixed-noise", action="store_true", help="interpolate the class alone")
+    add_dry_run(parser)
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rae_fast.command_line import parse_tool, tool_parser
+from rae_fast.command_line import add_dry_run, parse_tool, tool_parser
 from rae_fast.errors import exit_cleanly
 
 
@@ -15,12 +15,17 @@ def main() -> int:
         "one stopped.",
         "deepspeed tools/train_decoder.py --config configs/stage1/training/DINOv2-B_decXL.yaml cache.path=<store>",
     )
+    add_dry_run(parser)
     config, args = parse_tool(parser)
+    if args.dry_run:
+        from rae_fast.planner.decoder_page import planned_decoder
+
+        print(planned_decoder(config))
+        return 0
 
     from rae_fast.autoencoder.trainer import train_decoder
-    from rae_fast.runtime import follow_supervisor, ranks_from_environment
+    from rae_fast.runtime import ranks_from_environment
 
-    follow_supervisor()
     train_decoder(config, ranks_from_environment(), name=Path(args.config).stem if args.config else "decoder")
     return 0
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from rae_fast.command_line import parse_tool, tool_parser
+from rae_fast.command_line import add_dry_run, parse_tool, tool_parser
 from rae_fast.errors import exit_cleanly
 
 
@@ -14,13 +15,19 @@ def main() -> int:
         "Train a diffusion transformer from a latent store; the same command goes on where an earlier one stopped.",
         "deepspeed tools/train_dit.py --config configs/stage2/training/DiTDH-XL_DINOv2-B_256.yaml",
     )
+    add_dry_run(parser)
     config, args = parse_tool(parser)
+    if args.dry_run:
+        from rae_fast.planner.page import planned
 
-    from rae_fast.runtime import follow_supervisor, ranks_from_environment
+        print(planned(config))
+        return 0
+
+    from rae_fast.runtime import on_all_devices
     from rae_fast.training.dit_trainer import train_dit
 
-    follow_supervisor()
-    train_dit(config, ranks_from_environment(), name=Path(args.config).stem if args.config else "dit")
+    name = Path(args.config).stem if args.config else "dit"
+    on_all_devices(config.runtime.device, partial(train_dit, config, name=name))
     return 0
 
 

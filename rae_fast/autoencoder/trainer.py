@@ -58,6 +58,10 @@ def train_decoder(config: Config, ranks: Ranks | None = None, *, name: str = "de
     """
     ranks = ranks or Ranks()
     device = pick_device(config.runtime.device, ranks.local_rank)
+    if device.type == "xla":
+        raise UserError(
+            "runtime.device is xla in decoder training", "auto, cpu or cuda", "on XLA devices train the DiT, and sample"
+        )
     share_threads(ranks, device)
     init_distributed(ranks, device)
     folder = run_folder(config, name)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rae_fast.config import Config
+from rae_fast.planner.plan import make_plan
 from rae_fast.training.memory import gib
+
+
+def planned(config: Config) -> str:
+    """The page of a config on this machine, for the `--dry-run` of tools."""
+    return plan_page(make_plan(config))
 
 
 def plan_page(plan: Mapping[str, Any]) -> str:

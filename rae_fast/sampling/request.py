@@ -27,6 +27,11 @@ SWEPT_CLASSES, SWEPT_COLUMNS = 10, 8
 ROWS, COLUMNS = 4, 8
 
 
+def answer(args: Namespace, ranks: Ranks) -> None:
+    """As `run_request`, printed."""
+    print(run_request(args, ranks), end="")
+
+
 def run_request(args: Namespace, ranks: Ranks) -> str:
     """Do what the parsed command line of `tools/sample.py` says; returns what rank 0 prints.
 
@@ -55,6 +60,9 @@ def run_request(args: Namespace, ranks: Ranks) -> str:
         cuda_graphs=args.cuda_graphs,
         ema=args.ema,
     )
+    if args.dry_run:
+        there = len(list((args.folder / "images").glob("*.png")))
+        return f"{len(labels)} images of {len(set(labels.tolist()))} classes in {args.folder}, {there} there already\n"
     run_sampling(config, job, ranks)
     if not ranks.is_main:
         return ""
