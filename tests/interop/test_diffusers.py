@@ -25,6 +25,8 @@ from rae_fast.interop.diffusers import (
 )
 from rae_fast.weights import read_weights_file
 
+from .conftest import make_stage1
+
 diffusers = pytest.importorskip("diffusers")
 if not hasattr(diffusers, "AutoencoderRAE"):
     pytest.skip("this diffusers has no AutoencoderRAE", allow_module_level=True)
@@ -140,6 +142,45 @@ def test_encoder_names_of_transformers_4_are_read_too(tmp_path: Path) -> None:
 
     save_file(old, file, {"format": "pt"})
     assert_alike(imported(tmp_path / "theirs", tmp_path / "ours"), model)
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_a_siglip_folder_is_read_whatever_transformers_wrote_it(tmp_path: Path, prefix: str) -> None:
+    """diffusers itself builds this kind under transformers 4 only, so the folder is put together here."""
+    from safetensors.torch import save_file
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    randomized_autoencoder("mae").save_pretrained(tmp_path / "theirs")
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 64, "patch_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1, "image_size": 256}
+    model = SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    held = {name.removeprefix("vision_model."): value for name, value in model.state_dict().items()}
+    file, config = tmp_path / "theirs" / WEIGHTS, tmp_path / "theirs" / "config.json"
+    kept = {name: value for name, value in read_weights_file(file).items() if not name.startswith("encoder.")}
+    encoder = {f"encoder.{prefix}{name}": value for name, value in held.items() if "post_layernorm" not in name}
+    save_file({**kept, **encoder}, file, {"format": "pt"})
+    config.write_text(json.dumps({**json.loads(config.read_text()), "encoder_type": "siglip2"}))
+
+    rae = imported(tmp_path / "theirs", tmp_path / "ours")
+    pixels = rae.encoder.prepare(images(rae))
+    with torch.no_grad():
+        hidden = model(pixel_values=pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-1]
+        theirs = torch.nn.functional.layer_norm(hidden, (64,), eps=1e-6)
+    torch.testing.assert_close(rae.encoder(images(rae)), theirs, atol=GATE, rtol=GATE)
+
+
+def test_a_siglip_autoencoder_is_exported_or_refused_in_one_line(tmp_path: Path) -> None:
+    rae = build_rae(make_stage1("siglip2", tmp_path)).eval()
+    try:
+        export_diffusers(rae, tmp_path / "export")
+    except UserError as error:
+        assert "encoder_type 'siglip2'" in str(error)
+        assert not (tmp_path / "export").exists()
+    else:
+        assert_alike(rae, loaded(tmp_path / "export"))
 
 
 def test_trained_positions_are_not_lost_silently(stage1: Stage1, tmp_path: Path) -> None:
