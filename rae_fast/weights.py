@@ -31,7 +31,13 @@ def read_weights_file(path: str | Path, *, lazy: bool = False) -> Any:
 
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist", "a .pt or .safetensors file of weights")
+        # Official configs name the released files by this folder.
+        released = path.parts[:1] == ("models",)
+        raise UserError(
+            f"{path} does not exist",
+            "a .pt or .safetensors file of weights",
+            f"if it is a released one: python tools/convert.py fetch {path}" if released else "",
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

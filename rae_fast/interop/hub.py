@@ -52,17 +52,19 @@ def _noted(folder: Path) -> dict:
 
 
 def _commit(file: str, target: Path, revision: str | None) -> str:
-    """The exact commit that a revision stands for now."""
-    if revision is not None and COMMIT.fullmatch(revision):
-        return revision
+    """The exact commit that a revision stands for now.
+
+    The hub is asked for a commit, too: a download makes folders and tries five times before it says that there is no
+    network.
+    """
     from huggingface_hub import model_info
 
     try:
         commit = model_info(COLLECTION, revision=revision, timeout=TIMEOUT_S).sha
     except _hub_errors() as error:
-        raise _unavailable(file, target, error) from error
+        raise _unavailable(file, target, error, revision) from error
     assert commit is not None
-    return commit
+    return revision if revision is not None and COMMIT.fullmatch(revision) else commit
 
 
 def _download(file: str, folder: Path, target: Path, commit: str) -> None:
@@ -71,7 +73,7 @@ def _download(file: str, folder: Path, target: Path, commit: str) -> None:
     try:
         hf_hub_download(COLLECTION, file, revision=commit, local_dir=folder, etag_timeout=TIMEOUT_S)
     except _hub_errors() as error:
-        raise _unavailable(file, target, error) from error
+        raise _unavailable(file, target, error, commit) from error
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
@@ -81,10 +83,11 @@ def _hub_errors() -> tuple[type[Exception], ...]:
     return (*HfHubHTTPError.__bases__, OSError, ValueError)
 
 
-def _unavailable(file: str, target: Path, error: Exception) -> UserError:
+def _unavailable(file: str, target: Path, error: Exception, revision: str | None) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(
         f"{file} of {COLLECTION} is not at {target} and cannot be downloaded: {reason}",
         "a network, or the file in its place",
-        f"where there is a network: hf download {COLLECTION} {file} --local-dir models; then copy it to {target}",
+        f"where there is a network: hf download {COLLECTION} {file} --local-dir models"
+        f"{f' --revision {revision}' if revision else ''}; then copy it to {target}",
     )

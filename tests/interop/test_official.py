@@ -262,6 +262,31 @@ def test_without_a_network_the_file_and_its_place_are_named(tmp_path: Path) -> N
             hub.fetch(FILE, tmp_path / "models", revision)
         assert str(tmp_path / "models" / FILE) in str(caught.value)
         assert "hf download nyu-visionx/RAE-collections" in str(caught.value)
+        assert (f"--revision {revision}" in str(caught.value)) == (revision is not None)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "models").exists()
+
+
+def test_without_a_name_server_nothing_is_tried_again_and_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.model_info", no_network)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("a download was begun"))
+    with pytest.raises(UserError, match="Name or service not known"):
+        hub.fetch(FILE, tmp_path / "models", "0" * 40)
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_released_file_that_is_not_there_says_how_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As official configs name it, relative to the folder of the command."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"tools/convert\.py fetch models/{FILE}$"):
+        convert_statistics(f"models/{FILE}", "out.pt")
+    with pytest.raises(UserError, match=r"weights$"):
+        read_dit_weights(tmp_path / "mine.pt")
 
 
 @pytest.mark.usefixtures("offline")
