@@ -5,6 +5,7 @@ Shapes: B images, S pixels a side, N tokens, C channels.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from rae_fast.encoders.base import EncoderFacts, EncoderOptions, FrozenEncoder
 from rae_fast.errors import UserError, nearest
 from rae_fast.provenance import sha256_file, sha256_tensors
 
-VIT_ATTRIBUTES = ("forward_intermediates", "norm", "num_prefix_tokens")
+REASON_LENGTH = 200  # characters of another library's message
+VIT_ATTRIBUTES = ("forward_intermediates", "norm", "num_prefix_tokens", "blocks")
 
 
 class TimmViT(FrozenEncoder):
@@ -42,7 +44,7 @@ class TimmViT(FrozenEncoder):
             model,
             facts,
             final_norm=final_norm,
-            prefix_tokens=model.num_prefix_tokens,
+            prefix_tokens=_count_prefix_tokens(model),
             num_layers=len(model.blocks),
             input_size=input_size,
             options=options,
@@ -58,9 +60,16 @@ class TimmViT(FrozenEncoder):
             norm=False,
             output_fmt="NLC",
             intermediates_only=True,
-            return_prefix_tokens=True,
+            # Some models lack this argument, and some stop on it where there are no such tokens.
+            **({"return_prefix_tokens": True} if self.prefix_tokens else {}),
         )
         return [_join(pair) for pair in pairs]
+
+
+def _count_prefix_tokens(model: Any) -> int:
+    """Class and register tokens that go through the blocks; XCiT's and CaiT's class token only comes behind them."""
+    arguments = inspect.signature(model.forward_intermediates).parameters
+    return model.num_prefix_tokens if "return_prefix_tokens" in arguments else 0
 
 
 def timm_facts(options: EncoderOptions) -> EncoderFacts:
@@ -74,13 +83,14 @@ def timm_facts(options: EncoderOptions) -> EncoderFacts:
 
 def _facts(model: Any, options: EncoderOptions) -> EncoderFacts:
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is None or not all(
-        hasattr(model, name) for name in ("forward_intermediates", "norm", "num_prefix_tokens")
-    ):
+    if patch is None or not all(hasattr(model, name) for name in VIT_ATTRIBUTES):
         raise UserError(f"timm model {options.name} has no patch tokens", "a vision transformer")
+    sides = {patch} if isinstance(patch, int) else set(patch)
+    if len(sides) > 1:
+        raise UserError(f"timm model {options.name} has patches of {patch} pixels", "square patches")
     return EncoderFacts(
         model.embed_dim,
-        patch if isinstance(patch, int) else patch[0],
+        sides.pop(),
         options.image_mean or tuple(model.pretrained_cfg["mean"]),
         options.image_std or tuple(model.pretrained_cfg["std"]),
     )
@@ -109,7 +119,7 @@ def _create(options: EncoderOptions, *, pretrained: bool, **sizes: int) -> Any:
             options.name, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0, **sizes
         )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:REASON_LENGTH] or type(error).__name__
         raise UserError(
             f"timm model {options.name} cannot be loaded: {reason}",
             "its weights on this machine or on a hub within reach",
