@@ -101,7 +101,9 @@ def encoder_facts(params: Stage1Params) -> tuple[int | None, int | None]:
             facts = json.loads(config_file.read_text())
         except ValueError as error:
             raise UserError(f"{config_file} is not JSON: {error}", "the encoder's config.json") from error
-        facts = facts.get("vision_config", facts)
+        facts = facts.get("vision_config", facts) if isinstance(facts, dict) else None
+        if not isinstance(facts, dict):
+            raise UserError(f"{config_file} holds no mapping", "the encoder's config.json")
         return _number(facts.get("patch_size")), _number(facts.get("hidden_size"))
     return _published_facts(name.rsplit("/", 1)[-1].lower(), params.encoder_cls)
 

@@ -105,6 +105,10 @@ def test_a_local_encoder_folder_is_read(tmp_path) -> None:
     )  # fmt: skip
     assert geometry.latent_shape == (48, 8, 8)
     assert geometry.image_size == 64
+    for text, said in (("[]", "holds no mapping"), ("{", "is not JSON")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=said):
+            encoder_facts(Stage1Params(encoder_params={"path": str(tmp_path)}))
 
 
 def test_an_unknown_encoder_without_latent_size_asks_for_it() -> None:

@@ -5,7 +5,7 @@ Shapes: B samples, C latent channels, N tokens, D decoder width, P pixels a patc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,10 @@ class DecoderConfig:
     hidden_act: str = "gelu"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise UserError(f"decoder config: {field.name} is {value}", "a whole number above 0")
         if self.decoder_hidden_size % self.decoder_num_attention_heads or self.decoder_hidden_size % 4:
             raise UserError(
                 f"decoder config: decoder_hidden_size {self.decoder_hidden_size} with "

@@ -12,7 +12,7 @@ Shapes: C latent channels, H and W latent sides, D decoder width.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,21 @@ POSITIONS = "decoder_pos_embed"
 POSITION_SPAN = 16
 POSITION_TOLERANCE = 1e-6
 WEIGHTS, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+
+# What a folder's config.json and weights must have.
+SIZES = (
+    "encoder_hidden_size",
+    "encoder_patch_size",
+    "encoder_num_hidden_layers",
+    "encoder_input_size",
+    "decoder_hidden_size",
+    "decoder_num_hidden_layers",
+    "decoder_num_attention_heads",
+    "decoder_intermediate_size",
+    "patch_size",
+)
+CONFIG_KEYS = ("encoder_type", *SIZES)
+TENSORS = ("_latents_mean", "_latents_std", "encoder_mean", "encoder_std")
 
 # Ours (the reference's) -> diffusers'.
 RENAMED = {
@@ -251,14 +266,20 @@ def import_diffusers(source: str | Path, folder: str | Path) -> Path:
     """
     source, folder = Path(source), Path(folder)
     config = read_json(source / "config.json")
-    if config.get("_class_name") != "AutoencoderRAE":
-        raise UserError(f"{source / 'config.json'} is of a {config.get('_class_name')}", "an AutoencoderRAE")
+    kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+    if kind != "AutoencoderRAE":
+        raise UserError(f"{source / 'config.json'} is of a {kind}", "an AutoencoderRAE")
+    _require(config, CONFIG_KEYS, source / "config.json")
     if not config.get("reshape_to_2d", True):
         raise UserError(f"{source}: reshape_to_2d is false", "latents [C, H, W]")
     tensors = _read_tensors(source)
+    _require(tensors, TENSORS, source / WEIGHTS)
     family = next((name for name, facts in FAMILIES.items() if facts[0] == config["encoder_type"]), None)
     if family is None:
         raise UserError(f"{source}: encoder_type {config['encoder_type']!r}", "dinov2, mae or siglip2")
+    for key in SIZES:
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise UserError(f"{source / 'config.json'}: {key} is {config[key]!r}", "a whole number above 0")
     grid = config["encoder_input_size"] // config["encoder_patch_size"]
     decoder = _import_decoder(source, config, tensors, grid)
     mean, var = _import_statistics(source, config, tensors, grid)
@@ -267,6 +288,12 @@ def import_diffusers(source: str | Path, folder: str | Path) -> Path:
     save_weights(folder / "decoder" / "model.pt", decoder.state_dict())
     save_statistics(folder / "stat.pt", mean, var)
     return _write_section(folder, family, config, decoder.config)
+
+
+def _require(found: Mapping[str, Any], names: Sequence[str], file: Path) -> None:
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(f"{file} lacks {', '.join(missing[:3])}", "what diffusers writes", "the folder is incomplete")
 
 
 def _read_tensors(source: Path) -> dict[str, Tensor]:

@@ -223,6 +223,8 @@ def test_what_diffusers_cannot_express_is_refused(stage1: Stage1, tmp_path: Path
         ({"reshape_to_2d": False}, "reshape_to_2d"),
         ({"decoder_hidden_size": 64}, "does not fit ViTDecoder"),
         ({"encoder_input_size": 48}, "latent statistics"),
+        ({"encoder_patch_size": 0}, "encoder_patch_size is 0; expected a whole number"),
+        ({"decoder_num_attention_heads": "4"}, "decoder_num_attention_heads is '4'"),
     ],
 )
 def test_folders_that_do_not_fit_are_refused(tmp_path: Path, change: dict, message: str) -> None:
@@ -232,6 +234,26 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path, change: dict, messa
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(UserError, match=message):
         import_diffusers(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_incomplete_folders_are_refused_with_what_is_missing(tmp_path: Path) -> None:
+    randomized_autoencoder("mae").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    whole = json.loads(file.read_text())
+    file.write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json is of a list"):
+        import_diffusers(tmp_path, tmp_path / "ours")
+    file.write_text(json.dumps({name: value for name, value in whole.items() if "encoder" not in name}))
+    with pytest.raises(UserError, match=r"config\.json lacks encoder_type"):
+        import_diffusers(tmp_path, tmp_path / "ours")
+    file.write_text(json.dumps(whole))
+    from safetensors.torch import save_file
+
+    tensors = read_weights_file(tmp_path / WEIGHTS)
+    save_file({n: v for n, v in tensors.items() if n != "_latents_std"}, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(UserError, match="lacks _latents_std"):
+        import_diffusers(tmp_path, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
 

@@ -5,6 +5,7 @@ The files are written here from what is known of them: their keys, spellings and
 
 from __future__ import annotations
 
+import json
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -370,3 +371,19 @@ def test_decoder_configs_write_sizes_as_text(tmp_path: Path) -> None:
         ' "decoder_num_hidden_layers": "28", "hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": true}'
     )
     assert load_decoder_config(tmp_path) == load_decoder_config("configs/decoder/ViTXL")
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"decoder_num_attention_heads": 0}, "decoder_num_attention_heads is 0; expected a whole number above 0"),
+        ({"decoder_num_hidden_layers": -1}, "decoder_num_hidden_layers is -1"),
+        ({"decoder_hidden_size": "wide"}, "decoder_hidden_size is 'wide'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+    ],
+)
+def test_decoder_configs_that_cannot_be_are_refused(tmp_path: Path, entry: dict[str, Any], said: str) -> None:
+    sizes = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, **entry}))
+    with pytest.raises(UserError, match=said):
+        load_decoder_config(tmp_path)
