@@ -338,7 +338,7 @@ class DiTRun:
 
     def by_band(self, loss_B: Tensor, t_B: Tensor) -> Tensor:
         """(sum of losses, count) for each timestep band, flat, float64."""
-        band_B = torch.bucketize(t_B, self._bands, right=True)
+        band_B = (t_B[:, None] >= self._bands).sum(dim=1)
         sums = torch.zeros(len(BAND_NAMES), 2, dtype=torch.float64, device=loss_B.device)
         # A matrix product instead of a scatter: the order of its sum is fixed, also on a GPU.
         member = torch.nn.functional.one_hot(band_B, len(BAND_NAMES)).to(torch.float64)

@@ -74,7 +74,8 @@ class TimeDistribution:
         if self.location is None:
             return low + u * (high - low)
         start, end = self._quantile(low), self._quantile(high)
-        z = torch.special.ndtri(start + u * (end - start))
+        # The quantile Phi^-1(p), by a function that XLA has, too.
+        z = sqrt(2) * torch.erfinv(2 * (start + u * (end - start)) - 1)
         return torch.sigmoid(self.location + self.scale * z).clamp(low, high)
 
     def _quantile(self, t: float) -> float:
