@@ -136,7 +136,10 @@ def agree() -> None:
     """Give every rank rank 0's table, so that all run the same kernels."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
-    box = [table() if torch.distributed.get_rank() == 0 else None]
+    if torch.distributed.get_rank() == 0:
+        torch.distributed.broadcast_object_list([table()], src=0)
+        return
+    box: list[Any] = [None]
     torch.distributed.broadcast_object_list(box, src=0)
     table().clear()
     table().update(box[0])
