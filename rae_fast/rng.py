@@ -43,7 +43,7 @@ def uniform(seed: int, epoch: int | Tensor, index_B: Tensor, stream: Stream, sha
 
     Args:
         seed: any non-negative int below 2**32.
-        epoch: epoch number, part of the key; int64 [] on the device of `index_B` is as good.
+        epoch: epoch number, part of the key; int64 [1] on the device of `index_B` is as good.
         index_B: int64 [B], global sample indices; the result lives on its device.
         stream: which of the independent streams.
         shape: shape of one sample's draw.

@@ -40,7 +40,7 @@ class LatentBatch:
         latents_BCHW: normalized latents, float32, on the loader's device.
         labels_B: int64, on the loader's device.
         index_B: int64, rows of the store, the key of all per-sample randomness; on the loader's device.
-        epoch: which epoch it belongs to; an int64 tensor [] on an XLA device.
+        epoch: which epoch it belongs to; an int64 tensor [1] on an XLA device.
     """
 
     latents_BCHW: Tensor
@@ -339,11 +339,11 @@ class _OnHost:
     epoch: int
 
     def arrive(self) -> LatentBatch:
-        """Copy, and de-quantize on the device; the epoch goes as data, as a number would compile anew with each."""
+        """Copy, and de-quantize on the device; the epoch goes as data: XLA compiles small numbers into graphs."""
         device = self.loader.device
         scales = None if self.scales is None else self.scales.to(device)
         latents = self.loader.store.codec.decode(self.stored.to(device), scales)
-        epoch = torch.tensor(self.epoch).to(device)
+        epoch = torch.tensor([self.epoch]).to(device)
         return LatentBatch(latents, self.labels_B.to(device), self.index_B.to(device), epoch)
 
 

@@ -160,7 +160,7 @@ class XlaEngine(Engine):
         """
         beta1, beta2 = self.settings.betas
         scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0).float() if self.clip_grad else 1.0
-        lr = torch.tensor(self.lr, dtype=torch.float32).to(self.device)
+        lr = torch.tensor([self.lr], dtype=torch.float32).to(self.device)
         step = self._made + 1
         size, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
         updated = []
