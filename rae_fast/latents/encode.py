@@ -107,6 +107,8 @@ class LatentEncoder:
         )
         self.encoder.to(device).eval().requires_grad_(False)
         self.precision, self.device = precision, device
+        # Beside the encoder, shapes depend on the data (which images are valid): XLA would compile one graph for each.
+        self.data_device = torch.device("cpu") if device.type == "xla" else device
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -204,7 +206,7 @@ def _encode(
     started_s = time.monotonic()
     rows = unit.rows[first : first + len(valid_B)]
     images_B3SS[~valid_B.to(images_B3SS.device)] = 0
-    planes = {view: job.encoder(images_B3SS, flip=view == "hflip") for view in job.views}
+    planes = {view: job.encoder(images_B3SS, flip=view == "hflip").to(job.encoder.data_device) for view in job.views}
     valid_B = valid_B.clone()
     failures = [(row, *failed[i]) for i, row in enumerate(rows.tolist()) if i in failed]
     finite_B = torch.stack([z.isfinite().flatten(1).all(1) for z in planes.values()]).all(0).cpu()
@@ -224,7 +226,7 @@ class _ImageStream:
 
     def __init__(self, job: EncodeJob, rows: np.ndarray) -> None:
         self._times = job.times
-        self._batches = job.source.decode(job.position_N[rows], job.encoder.device)
+        self._batches = job.source.decode(job.position_N[rows], job.encoder.data_device)
         self._images: list[Tensor] = []
         self._valid: list[Tensor] = []
         self._failed: dict[int, tuple[str, str]] = {}  # place in the stream -> (path, reason)

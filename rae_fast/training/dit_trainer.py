@@ -15,7 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from rae_fast import rng
 from rae_fast.autoencoder.rae import RAE
 from rae_fast.config import Config
 from rae_fast.dit.fused import prepare_kernels
+from rae_fast.errors import UserError
 from rae_fast.latents.loader import BatchStream, LatentBatch, build_loader
 from rae_fast.latents.store import LatentStore
 from rae_fast.rng import Stream
@@ -57,6 +58,9 @@ from rae_fast.training.sinks import open_sink
 from rae_fast.training.stall import Heartbeat
 from rae_fast.training.trace import StepTrace
 
+if TYPE_CHECKING:
+    from rae_fast.xla.spmd import DeviceMesh
+
 # Edges of the timestep bands whose losses are logged apart.
 BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 EMA_DISTANCE = "ema_distance_"  # then the decay
@@ -79,6 +83,7 @@ def train_dit(config: Config, ranks: Ranks | None = None, *, name: str = "dit") 
             a loss that stays non-finite.
     """
     ranks = ranks or Ranks()
+    mesh = _device_mesh(config)
     device = pick_device(config.runtime.device, ranks.local_rank)
     share_threads(ranks, device)
     folder = run_folder(config, name)
@@ -91,13 +96,23 @@ def train_dit(config: Config, ranks: Ranks | None = None, *, name: str = "dit") 
         describe_run(folder, config, ranks, device, data.identity, data=data.facts)
         run = None
         try:
-            run = DiTRun(config, data, batches, ranks, device, folder)
+            run = DiTRun(config, data, batches, ranks, device, folder, mesh)
             return run.train(signals)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(config, data.geometry, batches, ranks, device, error) from error
         finally:
             if run is not None:
                 run.close()
+
+
+def _device_mesh(config: Config) -> DeviceMesh | None:
+    if not config.runtime.spmd:
+        return None
+    if config.runtime.device != "xla":
+        raise UserError(f"runtime.spmd is true with runtime.device {config.runtime.device}", "runtime.device: xla")
+    from rae_fast.xla.spmd import DeviceMesh
+
+    return DeviceMesh()
 
 
 class DiTRun:
@@ -110,6 +125,7 @@ class DiTRun:
         ranks: this process among all.
         device: where this rank computes.
         folder: the run folder.
+        mesh: all XLA devices of this process, where batch and weights are cut over them.
     """
 
     def __init__(
@@ -120,6 +136,7 @@ class DiTRun:
         ranks: Ranks,
         device: torch.device,
         folder: Path,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         training, geometry = config.training, data.geometry
         self.config, self.geometry, self.batches, self.ranks, self.device = config, geometry, batches, ranks, device
@@ -136,7 +153,7 @@ class DiTRun:
         self.checkpoints.check_model("model", self.model)
         if config.stage_2.ckpt is not None and not self.checkpoints.steps():
             load_pretrained(self.model, config.stage_2.ckpt, say=ranks.is_main)
-        self.engine = self._build_engine()
+        self.engine = self._build_engine(mesh)
         state = self.checkpoints.restore({"model": self.engine})
         if state is not None:
             self.stream.seek(state["epoch"], state["position"])
@@ -165,7 +182,7 @@ class DiTRun:
             device=self.device,
         )
 
-    def _build_engine(self) -> Engine:
+    def _build_engine(self, mesh: DeviceMesh | None) -> Engine:
         training = self.config.training
         schedule = build_schedule(
             training.scheduler,
@@ -174,7 +191,7 @@ class DiTRun:
             total_steps=self.total_steps,
         )
         if self.device.type == "xla":
-            return self._build_xla_engine(schedule)
+            return self._build_xla_engine(schedule, mesh)
         dtype = DTYPES[self.config.runtime.precision]
         prepare_kernels(self.model, self.batches.micro_batch, dtype, self.device)
         return Engine(
@@ -191,9 +208,8 @@ class DiTRun:
             ema_decays=ema_decays(training),
         )
 
-    def _build_xla_engine(self, schedule: Callable[[int], float]) -> Engine:
+    def _build_xla_engine(self, schedule: Callable[[int], float], mesh: DeviceMesh | None) -> Engine:
         from rae_fast.xla.engine import XlaEngine, announce
-        from rae_fast.xla.spmd import DeviceMesh
 
         training = self.config.training
         announce(self.config.runtime, self.config.deepspeed, self.ranks)
@@ -207,7 +223,7 @@ class DiTRun:
             accumulation=self.batches.accumulation,
             clip_grad=training.clip_grad,
             ema_decays=ema_decays(training),
-            mesh=DeviceMesh() if self.config.runtime.spmd else None,
+            mesh=mesh,
         )
 
     def _build_monitor(self) -> Monitor:

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 import numpy as np
 from torch import Tensor
 
 from rae_fast.errors import UserError
+from rae_fast.xla.device import require_xla
 
 AXIS = "fsdp"
 
 
 class DeviceMesh:
-    """All devices of this process in a row. Make it before the first tensor is put on a device.
+    """All devices of this process in a row. Make it before the process first asks for its device: that one is not
+    the mesh's, and its tensors end the process by SIGSEGV in the next step (torch_xla 2.9).
 
     Attributes:
         devices: how many.
     """
 
     def __init__(self) -> None:
+        require_xla()
         import torch_xla.distributed.spmd as spmd
         import torch_xla.runtime as xr
 
-        with warnings.catch_warnings():
-            # It warns of tensors that are on a device already; there are none but the runtime's own.
-            warnings.simplefilter("ignore", UserWarning)
-            xr.use_spmd()
+        xr.use_spmd()
         self.devices: int = xr.global_runtime_device_count()
         self._mesh = spmd.Mesh(np.arange(self.devices), (self.devices,), (AXIS,))
         self._mark = spmd.mark_sharding
