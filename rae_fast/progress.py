@@ -26,6 +26,7 @@ class Progress:
         self._start_s = self._printed_s = time.monotonic()
         self._tty = sys.stderr.isatty()
         self._facts = ""
+        self._shown: tuple[int, str] | None = None
 
     @property
     def rate(self) -> float:
@@ -43,12 +44,13 @@ class Progress:
             self._print(end="" if self._tty else "\n")
 
     def close(self) -> None:
-        """Print the last state, once."""
-        if self.enabled:
+        """Print the last state, if its line is not there yet."""
+        if self.enabled and (self._tty or self._shown != (self.done, self._facts)):
             self._print(end="\n")
 
     def _print(self, end: str) -> None:
         self._printed_s = time.monotonic()
+        self._shown = self.done, self._facts
         left_s = (self.total - self.done) / self.rate if self.rate > 0 and self.done < self.total else 0
         line = f"{self.label}: {self.done:,}/{self.total:,} {self.unit}  {self.rate:,.1f}/s  {clock(left_s)} left"
         print(("\r\033[K" if self._tty else "") + line + self._facts, end=end, file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from rae_fast.config import Config
 from rae_fast.dit.registry import TARGETS, size_presets
 from rae_fast.errors import UserError
-from rae_fast.geometry import dit_params, resolve_geometry
+from rae_fast.geometry import Geometry, dit_params, resolve_geometry
 
 SHEET_TFLOPS = 989.0  # dense bfloat16, the vendor's sheet: what MFU is a share of
 MATRIX_TFLOPS = 788.0  # an 8192^3 product on random data
@@ -101,13 +101,13 @@ def from_file(path: Path) -> Model:
     return from_config(load_config(path, []))
 
 
-def from_config(config: Config) -> Model:
-    """The model of a configuration."""
+def from_config(config: Config, geometry: Geometry | None = None) -> Model:
+    """The model of a configuration, for latents of `geometry`, or of the shape that the configuration itself gives."""
     target = config.stage_2.target
     presets = size_presets()
     numbers = presets[target][1] if target in presets else {}
     name = presets[target][0].__name__ if target in presets else TARGETS[target].__name__
-    return from_params(name, {**numbers, **dit_params(config, resolve_geometry(config))})
+    return from_params(name, {**numbers, **dit_params(config, geometry or resolve_geometry(config))})
 
 
 def from_params(kind: str, params: dict[str, object]) -> Model:

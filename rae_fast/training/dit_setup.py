@@ -179,22 +179,6 @@ def _with_own_labels(
     return tensors
 
 
-def training_flops(config: Config, geometry: Geometry) -> float:
-    """Model FLOPs of training on one sample: three times the forward pass, counted on tensors without memory."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # The CPU's fused attention is unknown to the counter; as plain products it is counted in full.
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        shadow = build_dit(config.stage_2.target, dit_params(config, geometry)).eval()
-        x = torch.empty(1, *geometry.latent_shape)
-        y = torch.zeros(1, dtype=torch.int64)
-        with FlopCounterMode(display=False) as counter:
-            shadow(x, torch.empty(1), y)
-    return 3.0 * counter.get_total_flops()
-
-
 def out_of_memory(
     config: Config,
     geometry: Geometry,

@@ -27,6 +27,7 @@ from rae_fast.dit.fused import prepare_kernels
 from rae_fast.errors import UserError
 from rae_fast.latents.loader import BatchStream, LatentBatch, build_loader
 from rae_fast.latents.store import LatentStore
+from rae_fast.planner.roofline import from_config, training_flops
 from rae_fast.rng import Stream
 from rae_fast.runtime import DTYPES, Ranks, init_distributed, pick_device
 from rae_fast.training.batching import (
@@ -44,7 +45,6 @@ from rae_fast.training.dit_setup import (
     load_pretrained,
     open_training_data,
     out_of_memory,
-    training_flops,
 )
 from rae_fast.training.engine import RECORD, Engine
 from rae_fast.training.export import export_weights
@@ -253,7 +253,7 @@ class DiTRun:
     def _flops_per_image(self) -> float | None:
         """For MFU, where rank 0 has a device whose peak throughput is known."""
         known = self.ranks.is_main and peak_flops(self.device) is not None
-        return training_flops(self.config, self.geometry) if known else None
+        return training_flops(from_config(self.config, self.geometry)) if known else None
 
     def _build_decoder(self, store: LatentStore | None) -> RAE | None:
         """For sample grids and features of pixels, where the config asks for them and names a decoder."""

@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from rae_fast.config import Config, Stage2
 from rae_fast.dit.registry import build_dit, size_presets
+from rae_fast.geometry import Geometry
 from rae_fast.planner import roofline
 
 MODELS: list[tuple[str, dict[str, Any]]] = [
@@ -63,3 +65,10 @@ def test_the_floor_falls_with_faster_memory_and_larger_batches() -> None:
     assert 1 / 700 < base < 1 / 600
     assert sum(roofline.floor_s(model, 256, 788, 8.6).values()) < base
     assert sum(roofline.floor_s(model, 1024, 788, 4.3).values()) < base
+
+
+def test_a_stores_own_shape_counts_where_the_configuration_names_none() -> None:
+    config = Config(stage_2=Stage2(target="DiTDH-S"))
+    geometry = Geometry((768, 16, 16), 256, 1000, 1000, 6.93)
+    # 96.94 GFLOP forward by torch's counter on the official DiTDH-S.
+    assert roofline.forward_flops(roofline.from_config(config, geometry)) == pytest.approx(96.94e9, rel=1e-3)
