@@ -3,7 +3,7 @@
     python benchmarks/planner.py
     python benchmarks/planner.py --device cuda --models DiTDH-S --batch 64
 
-The planner times models with one and two blocks of each kind and reckons up from there (rae_fast/planner/machine.py);
+The planner times models with one block of each kind and with several, and reckons up from there (rae_fast/planner/machine.py);
 here the whole models train too, in turn with the trials, by the same engine. On a GPU its peak memory stands beside the
 memory plan's; on a CPU, whose allocator says nothing exact, tests count what autograd saves instead.
 """
@@ -25,7 +25,7 @@ from rae_fast.config_file import load_config
 from rae_fast.dit.registry import build_dit
 from rae_fast.errors import exit_cleanly
 from rae_fast.geometry import dit_params, resolve_geometry
-from rae_fast.planner.machine import measure_products, measure_step, time_model
+from rae_fast.planner.machine import measure_products, measure_step, time_models
 from rae_fast.runtime import pick_device
 from rae_fast.training.batching import ema_decays
 from rae_fast.training.memory import plan_memory
@@ -70,7 +70,7 @@ def measure(model: str, args: argparse.Namespace, device: torch.device) -> list[
         predicted.append(step.image_s * args.batch + step.update_s)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        found = time_model(config, geometry, device, params, args.batch)
+        (found,) = time_models(config, geometry, device, [params], args.batch)
         measured.append(found.image_s * args.batch + found.update_s)
         peaks.append(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
         gc.collect()

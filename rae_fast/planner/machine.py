@@ -1,7 +1,7 @@
 """What this machine does, measured in under a minute: decoding, reading, products, the encoder, a training step.
 
-A training step is measured on models with one and two blocks of each kind, and grows by the block from there: so the
-largest model can be planned on a device that could not hold it.
+A training step is measured on models with one block of each kind and with several, and grows by the block from there:
+so the largest model can be planned on a device that could not hold it.
 
 Shapes: B images of a micro-batch, C, H, W of a latent.
 """
@@ -13,7 +13,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +42,7 @@ DECODE_S, DISK_S = 8.0, 3.0
 DISK_BYTES, READ_THREADS = 1 << 28, 16
 REPEATS = 3
 STEP_BUDGET_S = 1.5  # of one forward and backward pass
-LARGEST_TRIAL_BATCH = 64
+LARGEST_TRIAL_BATCH, DEEPEST_TRIAL = 64, 8
 
 
 @dataclass(frozen=True)
@@ -141,27 +141,43 @@ def measure_encoder(config: Config, geometry: Geometry, device: torch.device) ->
 
 
 def measure_step(config: Config, geometry: Geometry, device: torch.device, product_flops: float) -> StepTime:
-    """Seconds of the config's training step on this device, from models with one and two blocks of each kind."""
+    """Seconds of the config's training step on this device, from models of one block of each kind and of several."""
     target, params = config.stage_2.target, dit_params(config, geometry)
     numbers = size_presets()[target][1] if target in size_presets() else {}
     kind = size_presets()[target][0] if target in size_presets() else TARGETS[target]
     params = {**numbers, **params}
     depths = _depths(params.get("depth", kind.__init__.__kwdefaults__["depth"]))
-    smallest = [1] * len(depths)
-    trials = [smallest, *([*smallest[:i], 2, *smallest[i + 1 :]] for i in range(len(depths)))]
-    flops = training_flops(from_params(kind.__name__, {**params, "depth": trials[-1] if len(depths) > 1 else 2}))
-    batch = max(
-        1, min(config.training.batch_size or 16, LARGEST_TRIAL_BATCH, int(STEP_BUDGET_S * product_flops / flops))
+
+    def seconds(trial: list[int]) -> float:
+        return training_flops(from_params(kind.__name__, with_depth(trial))) / product_flops
+
+    def with_depth(trial: list[int]) -> dict[str, Any]:
+        return {**params, "depth": trial if len(trial) > 1 else trial[0]}
+
+    def trial_of(stack: int, blocks: int) -> list[int]:
+        return [blocks if i == stack else 1 for i in range(len(depths))]
+
+    fitting_batch = int(STEP_BUDGET_S / seconds(trial_of(len(depths) - 1, 2)))
+    batch = max(1, min(config.training.batch_size or 16, LARGEST_TRIAL_BATCH, fitting_batch))
+    # What one block takes is lost in the noise of 28 times the difference of two short models.
+    longer = []
+    for i, depth in enumerate(depths):
+        fitting = (
+            t for t in range(min(depth, DEEPEST_TRIAL), 2, -1) if batch * seconds(trial_of(i, t)) < STEP_BUDGET_S
+        )
+        longer.append(next(fitting, 2))
+    times = time_models(
+        config,
+        geometry,
+        device,
+        [with_depth(trial_of(0, 1)), *(with_depth(trial_of(i, blocks)) for i, blocks in enumerate(longer))],
+        batch,
     )
-    times = [
-        time_model(config, geometry, device, {**params, "depth": trial if len(trial) > 1 else trial[0]}, batch)
-        for trial in trials
-    ]
     base = times[0]
     image_s, update_s = base.image_s, base.update_s
-    for depth, longer in zip(depths, times[1:], strict=True):
-        image_s += (depth - 1) * max(longer.image_s - base.image_s, 0)
-        update_s += (depth - 1) * max(longer.update_s - base.update_s, 0)
+    for depth, blocks, time_s in zip(depths, longer, times[1:], strict=True):
+        image_s += (depth - 1) * max(time_s.image_s - base.image_s, 0) / (blocks - 1)
+        update_s += (depth - 1) * max(time_s.update_s - base.update_s, 0) / (blocks - 1)
     return StepTime(image_s, update_s)
 
 
@@ -169,44 +185,69 @@ def _depths(depth: Any) -> list[int]:
     return [int(d) for d in depth] if isinstance(depth, list | tuple) else [int(depth)]
 
 
-def time_model(
-    config: Config, geometry: Geometry, device: torch.device, params: dict[str, Any], batch: int
-) -> StepTime:
-    """Steps of a model as training makes them: pairs, forward, backward; then clipping, AdamW and averages."""
-    model = build_dit(config.stage_2.target, params).train()
-    model.activation_checkpointing = config.runtime.activation_checkpointing
-    engine = Engine(
-        model,
-        optimizer=config.training.optimizer,
-        lr=lambda step: config.training.optimizer.lr,
-        ranks=Ranks(),
-        device=device,
-        runtime=replace(config.runtime, engine="ddp", compile=config.runtime.compile and device.type == "cuda"),
-        clip_grad=config.training.clip_grad,
-        ema_decays=ema_decays(config.training),
-    )
-    pairs = PairMaker(config, geometry.latent_shape)
-    latents = torch.randn(batch, *geometry.latent_shape, device=device)
-    index = torch.arange(batch, device=device)
-    data = LatentBatch(latents, torch.zeros_like(index), index, 0)
-    drop = torch.ones(batch, device=device)
-
-    def learn() -> None:
-        loss, _ = pairs.loss(lambda x, t: engine(x, t, data.labels_B, labeldrop_u=drop), data, 0)
-        engine.backward(loss.mean())
-
-    def update() -> None:
-        engine.step()
-
-    learn()
-    update()
-    learning, updating = [], []
-    for _ in range(REPEATS):
-        learning.append(_seconds(learn, device))
-        updating.append(_seconds(update, device))
-    engine.close()
+def time_models(
+    config: Config, geometry: Geometry, device: torch.device, models: Sequence[dict[str, Any]], batch: int
+) -> list[StepTime]:
+    """Steps as training makes them, of several models in turn, so that a machine that others use slows all alike."""
+    trials = [Trial(config, geometry, device, params, batch) for params in models]
+    for _ in range(1 + REPEATS):
+        for trial in trials:
+            trial.step()
+    found = [trial.close() for trial in trials]
+    del trials
     gc.collect()
-    return StepTime(statistics.median(learning) / batch, statistics.median(updating))
+    return found
+
+
+class Trial:
+    """A model that trains on noise: pairs, forward, backward; then clipping, AdamW and averages.
+
+    Args:
+        config: objective, optimizer and precision.
+        geometry: of the latents.
+        device: where it runs.
+        params: of the model.
+        batch: images of a step.
+    """
+
+    def __init__(
+        self, config: Config, geometry: Geometry, device: torch.device, params: dict[str, Any], batch: int
+    ) -> None:
+        model = build_dit(config.stage_2.target, params).train()
+        model.activation_checkpointing = config.runtime.activation_checkpointing
+        self.device, self.batch = device, batch
+        self.engine = Engine(
+            model,
+            optimizer=config.training.optimizer,
+            lr=lambda step: config.training.optimizer.lr,
+            ranks=Ranks(),
+            device=device,
+            runtime=replace(config.runtime, engine="ddp", compile=config.runtime.compile and device.type == "cuda"),
+            clip_grad=config.training.clip_grad,
+            ema_decays=ema_decays(config.training),
+        )
+        self.pairs = PairMaker(config, geometry.latent_shape)
+        index = torch.arange(batch, device=device)
+        latents = torch.randn(batch, *geometry.latent_shape, device=device)
+        self.data = LatentBatch(latents, torch.zeros_like(index), index, 0)
+        self.drop = torch.ones(batch, device=device)
+        self.learning_s: list[float] = []
+        self.updating_s: list[float] = []
+
+    def step(self) -> None:
+        """One step, timed."""
+        self.learning_s.append(_seconds(self._learn, self.device))
+        self.updating_s.append(_seconds(self.engine.step, self.device))
+
+    def _learn(self) -> None:
+        labels_B = self.data.labels_B
+        loss, _ = self.pairs.loss(lambda x, t: self.engine(x, t, labels_B, labeldrop_u=self.drop), self.data, 0)
+        self.engine.backward(loss.mean())
+
+    def close(self) -> StepTime:
+        """Medians of all steps but the first."""
+        self.engine.close()
+        return StepTime(statistics.median(self.learning_s[1:]) / self.batch, statistics.median(self.updating_s[1:]))
 
 
 def median_s(run: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:

@@ -65,6 +65,23 @@ def test_steps_on_another_device_are_no_measurement_of_the_targets(report: Modul
     assert report.best_rate("DiTDH-S", 256)({"train_step": step}) is None
 
 
+def test_kernels_are_judged_by_the_rows_that_kernels_py_writes(report: ModuleType, script: Callable) -> None:
+    timing = script("gpu_timing")
+    attention = timing.rows_of(
+        "attention trunk-XL N=256 D=72 forward+backward", {"compiled, cudnn": [150.0], "kernel": [100.0]}, FLOP=1e9
+    )
+    norm = timing.rows_of("norm trunk-XL forward", {"compiled": [30.0], "kernel": [20.0]}, B=64e6)
+    result = made("kernels", attention + norm, ceilings={"copy_tb_s": 4.0})
+    assert report.attention_gain({"kernels": result}) == 1.5
+    assert report.worst_kernel({"kernels": result}) == pytest.approx(3.2 / 4.0)
+
+
+def test_data_wait_is_a_share_of_the_step(report: ModuleType) -> None:
+    rows = [entry("triton, compiled", 500, batch=256), entry("triton, compiled: data wait", 4, "ms")]
+    step = made("train_step", rows, model="DiTDH-XL", tokens=256) | {"device": "NVIDIA H200"}
+    assert report.data_wait({"train_step": step}) == pytest.approx(100 * 4 / 512)
+
+
 def test_page_names_machine_versions_medians_and_what_is_unmeasured(
     report: ModuleType, results: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,14 +116,14 @@ def test_this_machine_is_measured(cache_config: Callable[..., Config], tmp_path:
 
 
 def test_a_step_grows_by_the_block(cache_config: Callable[..., Config], tmp_path: Path, monkeypatch) -> None:
-    """Depths enter by the difference of models that differ in one block."""
+    """Depths enter by the difference of models that differ in the blocks of one kind."""
     import rae_fast.planner.machine as machine
 
-    def timed(config, geometry, device, params, batch) -> StepTime:
-        trunk, head = params["depth"]
-        return StepTime(0.5 + 0.1 * trunk + 0.3 * head, 1.0 * trunk + 2.0 * head)
+    def timed(config, geometry, device, models, batch) -> list[StepTime]:
+        assert [model["depth"] for model in models] == [[1, 1], [3, 1], [1, 2]]
+        return [StepTime(0.5 + 0.1 * t + 0.3 * h, 1.0 * t + 2.0 * h) for t, h in (m["depth"] for m in models)]
 
-    monkeypatch.setattr(machine, "time_model", timed)
+    monkeypatch.setattr(machine, "time_models", timed)
     config = cache_config(tmp_path / "store", *TINY_MODEL)
     step = measure_step(config, resolve_geometry(config), torch.device("cpu"), 1e11)
     assert step.image_s == pytest.approx(0.5 + 0.1 * 3 + 0.3 * 2)
