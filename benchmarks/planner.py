@@ -3,9 +3,10 @@
     python benchmarks/planner.py
     python benchmarks/planner.py --device cuda --models DiTDH-S --batch 64
 
-The planner times models with one block of each kind and with several, and reckons up from there (rae_fast/planner/machine.py);
-here the whole models train too, in turn with the trials, by the same engine. On a GPU its peak memory stands beside the
-memory plan's; on a CPU, whose allocator says nothing exact, tests count what autograd saves instead.
+The planner times models with one block of each kind and with several, and reckons up from there, in
+rae_fast/planner/machine.py; here the whole models train too, in turn with the trials, by the same engine. On a GPU its
+peak memory stands beside the memory plan's; on a CPU, whose allocator says nothing exact, tests count what autograd
+saves instead.
 """
 
 from __future__ import annotations
