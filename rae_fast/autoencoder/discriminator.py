@@ -23,6 +23,7 @@ from rae_fast.autoencoder.losses import at_least_float32
 from rae_fast.config import DiscriminatorArch
 from rae_fast.errors import UserError, nearest
 from rae_fast.patches import embed_patches
+from rae_fast.runtime import ranks_from_environment
 from rae_fast.weights import read_weights_file, select_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -123,7 +124,8 @@ def build_backbone(arch: DiscriminatorArch, *, seed: int = 0) -> DinoBackbone:
         load_backbone_weights(backbone, _timm_weights(timm_name), f"timm's {timm_name}")
     else:
         _randomize(backbone, seed)
-        print(f"discriminator: seeded random ViT, no pretrained weights ({recipe})")
+        if ranks_from_environment().is_main:
+            print(f"discriminator: seeded random ViT, no pretrained weights ({recipe})")
     return backbone
 
 

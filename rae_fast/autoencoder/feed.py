@@ -24,7 +24,7 @@ from rae_fast.images.entries import ImageIndex
 from rae_fast.images.index import build_index
 from rae_fast.latents.encode import LatentEncoder
 from rae_fast.latents.layout import PIXELS
-from rae_fast.latents.loader import LatentLoader
+from rae_fast.latents.loader import LatentLoader, loader_settings
 from rae_fast.latents.online import OnlineLoader
 from rae_fast.latents.plan import cache_path
 from rae_fast.latents.store import LatentStore, check_compatible, open_store
@@ -69,21 +69,9 @@ class CachedFeed(LatentLoader):
                 "a store with cache.pixels=true",
                 "build it anew with cache.pixels=true, or train with loader.source=online",
             )
-        loader = config.loader
+        settings = loader_settings(config.loader)
         super().__init__(
-            store,
-            batch_size=batch_size,
-            seed=seed,
-            ranks=ranks,
-            shuffle=loader.shuffle,
-            block_size=loader.block_size,
-            flip=loader.flip,
-            images_per_step=images_per_step,
-            classes=loader.classes,
-            balanced=loader.balanced,
-            prefetch=loader.prefetch,
-            reader=loader.reader,
-            verify=loader.verify,
+            store, batch_size=batch_size, seed=seed, ranks=ranks, images_per_step=images_per_step, **settings
         )
         self.target = device
         eps = store.attrs["normalization"]["eps"]

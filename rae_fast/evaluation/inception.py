@@ -43,7 +43,7 @@ class Inception(Extractor):
             raise UserError(
                 f"FID needs the Inception weights, and {place} does not exist",
                 f"torch-fidelity's {INCEPTION_FILE}",
-                f"curl -L --create-dirs -o {place} {INCEPTION_URL}, or name the file in --inception-weights",
+                f"curl -L --create-dirs -o {place} {INCEPTION_URL}, or tools/evaluate.py --inception-weights FILE",
             )
         read_weights_file(place)  # the library would run code that a pickle may hold
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

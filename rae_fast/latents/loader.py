@@ -395,14 +395,13 @@ def build_loader(
         batch_size=batch_size,
         seed=seed,
         ranks=ranks,
-        shuffle=loader.shuffle,
-        block_size=loader.block_size,
-        flip=loader.flip,
         images_per_step=images_per_step,
-        classes=loader.classes,
-        balanced=loader.balanced,
         device=device,
-        prefetch=loader.prefetch,
-        reader=loader.reader,
-        verify=loader.verify,
+        **loader_settings(loader),
     )
+
+
+def loader_settings(loader: Loader) -> dict[str, Any]:
+    """A config's `loader` section as arguments of `LatentLoader`."""
+    names = ("shuffle", "block_size", "flip", "classes", "balanced", "prefetch", "reader", "verify")
+    return {name: getattr(loader, name) for name in names}

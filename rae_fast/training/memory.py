@@ -159,7 +159,7 @@ def advise(plan: MemoryPlan, device_bytes: int) -> str:
     if best.checkpointing and not plan.checkpointing:
         settings.append("runtime.activation_checkpointing=true")
     if best.zero_stage != plan.zero_stage:
-        settings.append(f"deepspeed.zero_optimization.stage={best.zero_stage}")
+        settings.append(f"deepspeed=configs/deepspeed/zero{best.zero_stage}.json")
     return f"would fit by our estimate ({gib(best.total_bytes)}): {' '.join(settings)}"
 
 
