@@ -67,7 +67,7 @@ BENCHES = (
     Bench("planner", "--device cpu --batch 8 --rounds 5 --out {out}/planner-cpu.json", "--batch 4 --rounds 1"),
     Bench(
         "end_to_end",
-        "--images 768 --epochs 3 --rounds 3 --out {out}/end_to_end-cpu.json",
+        "--images 512 --epochs 2 --rounds 3 --out {out}/end_to_end-cpu.json",
         "--images 128 --epochs 2 --rounds 1",
         540.0,
     ),
