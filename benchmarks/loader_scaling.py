@@ -294,6 +294,7 @@ def report(points: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, 
             point[name] = [float(f"{seconds:.5g}") for seconds in point[name]]
     question = "How many samples/s do ranks read together, and what is left of it in a step?"
     facts = {"batch": args.batch, "images": args.images, "prefetch": PREFETCH, "pause_ms": 1e3 * PAUSE_S}
+    facts["cores"] = len(os.sched_getaffinity(0))
     return make_result("loader_scaling", question, rows[0]["name"], rows, "cpu", **facts, points=kept)
 
 

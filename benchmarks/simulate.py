@@ -114,7 +114,10 @@ def check(path: Path) -> dict[str, Any]:
         ratio = float(simulated.mean() / found.mean())
         name = f"{point['storage']}, {point['ranks']} ranks" + (", stragglers" if point["straggler"][0] else "")
         rows.append(row(f"{name}, measured", 1e3 * found, "ms"))
-        rows.append(row(f"{name}, simulated", 1e3 * simulated, "ms", of_measured=round(ratio, 3)))
+        # Server, clients and ranks then fight for cores in a step as they do not in reading alone.
+        crowded = point["storage"] == "s3" and point["ranks"] > measured["cores"]
+        facts = {"of_measured_crowded" if crowded else "of_measured": round(ratio, 3)}
+        rows.append(row(f"{name}, simulated", 1e3 * simulated, "ms", **facts))
     question = "Does the simulation agree with measured steps on 1, 2 and 4 ranks?"
     return make_result("simulate", question, rows[0]["name"], rows, "cpu", measured_at=measured["date"])
 

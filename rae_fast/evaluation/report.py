@@ -17,7 +17,7 @@ STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; margin: 0 auto; max-width: 1080px;
-       padding: 24px 20px 64px; }
+       padding: 24px 20px 64px; overflow-wrap: anywhere; }
 h1 { font-size: 28px; line-height: 1.2; margin: 8px 0 4px; }
 h2 { font-size: 20px; margin: 40px 0 8px; padding-top: 12px; border-top: 1px solid #dde3ea; }
 p.lead { color: #51606f; margin: 0 0 16px; }
@@ -27,8 +27,7 @@ img, svg { max-width: 100%; height: auto; }
 img.pixels { image-rendering: pixelated; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; }
-th, td { text-align: left; padding: 4px 16px 4px 0; border-bottom: 1px solid #eef1f4; vertical-align: top;
-         overflow-wrap: anywhere; }
+th, td { text-align: left; padding: 4px 16px 4px 0; border-bottom: 1px solid #eef1f4; vertical-align: top; }
 th { font-weight: 600; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 16px 0; }

@@ -9,6 +9,7 @@ Shapes: B images of a batch, S side of the crop, H, W height and width of a deco
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
@@ -132,6 +133,17 @@ class ImagePipeline:
         stop = threading.Event()
         producer = threading.Thread(target=self._produce, args=(ready, stop), name="decode", daemon=True)
         producer.start()
+
+        def halt() -> None:
+            stop.set()
+            while producer.is_alive():
+                try:
+                    ready.get(timeout=0.05)
+                except queue.Empty:
+                    continue
+
+        # As in latents/loader.py: no thread may be inside DALI or torch when Python ends.
+        atexit.register(halt)
         try:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
@@ -141,12 +153,8 @@ class ImagePipeline:
                     item.images_B3SS.record_stream(torch.cuda.current_stream(self.device))
                 yield item
         finally:
-            stop.set()
-            while producer.is_alive():
-                try:
-                    ready.get(timeout=0.05)
-                except queue.Empty:
-                    continue
+            halt()
+            atexit.unregister(halt)
 
     def _produce(self, ready: queue.Queue, stop: threading.Event) -> None:
         """Body of the producer thread. Whatever it raises is raised again where the batches are consumed."""

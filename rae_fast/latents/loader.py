@@ -5,6 +5,7 @@ Shapes: B images of one rank's micro-batch, C, H, W of a latent.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -154,6 +155,8 @@ class _Producer:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(epoch, position), name="latent-loader", daemon=True)
         self._thread.start()
+        # A thread that is still inside torch when Python ends takes the process down by SIGABRT, exit status and all.
+        atexit.register(self.stop)
 
     def take(self) -> LatentBatch:
         """The next batch; raises what the thread raised."""
@@ -171,6 +174,7 @@ class _Producer:
                 self._queue.get(timeout=0.05)
             except queue.Empty:
                 continue
+        atexit.unregister(self.stop)
 
     def _run(self, epoch: int, position: int) -> None:
         try:

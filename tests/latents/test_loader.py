@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -241,6 +243,34 @@ def test_online_without_statistics_is_an_error(cache_config: Callable[..., Confi
     config = cache_config(tmp_path / "nothing", "loader.source=online")
     with pytest.raises(UserError, match="no latent store"):
         open_online_loader(config, image_size=32, batch_size=4)
+
+
+LEFT_OPEN = """
+import time, torch
+from rae_fast.latents.loader import BatchStream, _Producer
+
+class Busy(BatchStream):
+    prefetch = 2
+
+    def __init__(self):
+        pass
+
+    def _prepare(self, epoch, position):
+        while True:
+            for _ in range(4):
+                product = torch.randn(1500, 1500) @ torch.randn(1500, 1500)
+            yield product
+
+producer = _Producer(Busy(), 0, 0)
+producer.take()
+time.sleep(0.05)
+raise SystemExit(2)
+"""
+
+
+def test_a_process_that_leaves_a_loader_open_keeps_its_exit_status() -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
 
 
 @pytest.mark.gpu
