@@ -66,7 +66,7 @@ ENCODERS = {
     "cuda": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224},
 }
 SPLIT_BATCHES = 8
-SAMPLE_S = 0.02  # between looks at the memory
+SAMPLE_S = 0.2  # between looks at the memory, each of which reads all of /proc
 
 
 def main() -> None:
