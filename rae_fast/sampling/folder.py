@@ -82,7 +82,9 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 def remove_stale_parts(folder: Path) -> None:
     """Remove half-written files of a run that was killed: those older than this process."""
-    started_s = psutil.Process().create_time()
+    # The system counts a process's start from a boot time in whole seconds: up to one too early. Within its first
+    # second no rank of this run writes anything.
+    started_s = psutil.Process().create_time() + 1
     for part in folder.glob(".*.part"):
         if part.stat().st_mtime < started_s:
             part.unlink(missing_ok=True)
