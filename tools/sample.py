@@ -33,7 +33,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = tool_parser(str(__doc__), EXAMPLE)
     add = parser.add_argument
     add("--folder", type=Path, required=True, help="where images, labels, grid and sampling.json go")
-    add("--run", type=Path, help="training run: its config, and its export or newest checkpoint (EMA)")
+    # Under torchrun only the long name works: it takes --run for the beginning of its own --run-path.
+    add(
+        "--run",
+        "--run-folder",
+        dest="run",
+        metavar="RUN",
+        type=Path,
+        help="training run: its config, and its export or newest checkpoint (EMA)",
+    )
     add("--weights", type=Path, help="checkpoint, .safetensors export or checkpoints folder; same as stage_2.ckpt=")
     add("--ema", metavar="DECAY", help="which average of a run (default: the first), or online")
     add("--classes", help="numbers or names, separated by commas; taken in turn")

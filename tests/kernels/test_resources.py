@@ -28,7 +28,9 @@ def check(reports: dict[str, resources.Resources]) -> None:
         assert one.programs_per_sm * one.warps >= 8, f"{name}: {one.programs_per_sm} programs of {one.warps} warps"
         if "attention" in name:
             assert one.count("HGMMA") > 0 and one.count("HMMA") == 0, f"{name} multiplies without wgmma"
-        if name != "crop":
+        if name == "interpolate":  # reads int8, eight values to a thread, and writes bfloat16
+            assert one.count("LDG.E.64") > 0 and one.count("STG.E.128") > 0, f"{name} reads or writes piecemeal"
+        elif name != "crop":
             assert one.count("LDG.E.128") + one.count("LDGSTS.E.BYPASS.128") > 0, f"{name} loads less than 16 bytes"
 
 

@@ -135,3 +135,12 @@ def test_killed_in_the_middle_of_500_samples_and_run_again_it_makes_the_identica
     for start in whole:
         path = image_path(folder, start)
         assert path.stat().st_mtime_ns == kept[path.name]
+
+
+@pytest.mark.parametrize("tool", ["sample", "reconstruct"])
+def test_no_flag_is_taken_by_torchrun_for_its_own(tool: str) -> None:
+    """torchrun reads beginnings of its options even behind the script's name."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"tools/{tool}.py"]
+    flags = ["--run-folder", "/none", "--folder", "/none", *(["--input", "/none"] if tool == "reconstruct" else [])]
+    done = subprocess.run([*launcher, *flags], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "error: /none" in done.stderr, done.stderr
