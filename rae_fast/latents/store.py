@@ -64,9 +64,7 @@ def open_store(url: str | Path, *, allow_incomplete: bool = False) -> LatentStor
     storage = open_storage(url)
     attrs = read_attributes(storage)
     if attrs is None:
-        raise UserError(
-            f"no latent store at {url}", "a store made by tools/build_cache.py", f"build it with cache.path={url}"
-        )
+        raise absent(storage)
     if allow_incomplete and storage.size(MANIFEST) is None:
         return LatentStore(storage, attrs, None)
     return LatentStore(storage, attrs, read_checks(storage))
@@ -99,13 +97,27 @@ def read_checks(storage: Storage) -> Checks:
     try:
         return parse_manifest(storage.read(MANIFEST), storage.url)
     except FileNotFoundError as error:
-        raise UserError(
-            f"{storage.url} is incomplete",
-            "a store whose build has finished",
-            "run tools/build_cache.py with the config that began it; it goes on where it stopped",
-        ) from error
+        raise incomplete(storage) from error
     except DamagedError as error:
         raise damaged(storage, str(error)) from error
+
+
+def absent(storage: Storage) -> UserError:
+    """The error for a place without a store."""
+    return UserError(
+        f"no latent store at {storage.url}",
+        "a store made by tools/build_cache.py",
+        f"build it with cache.path={storage.url}",
+    )
+
+
+def incomplete(storage: Storage) -> UserError:
+    """The error for a store whose build has not come to its end."""
+    return UserError(
+        f"{storage.url} is incomplete",
+        "a store whose build has finished",
+        "run tools/build_cache.py with the config that began it; it goes on where it stopped",
+    )
 
 
 def damaged(storage: Storage, what: str) -> UserError:

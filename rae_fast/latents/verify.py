@@ -19,7 +19,7 @@ from rae_fast.latents.manifest import (
 )
 from rae_fast.latents.shard import read_index
 from rae_fast.latents.storage import Storage, open_storage
-from rae_fast.latents.store import ROOT, LatentStore, damaged
+from rae_fast.latents.store import ROOT, LatentStore, absent, damaged, incomplete
 from rae_fast.progress import Progress
 
 VERIFY_THREADS = 8
@@ -102,7 +102,9 @@ def trusted_checks(storage: Storage) -> tuple[Checks, list[Damage]]:
     """
     try:
         return parse_manifest(storage.read(MANIFEST), storage.url), []
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if storage.size(BACKUP) is None:  # written before the manifest: the build never came so far
+            raise (absent if storage.size(ROOT) is None else incomplete)(storage) from error
         problem = "is missing"
     except DamagedError:
         problem = "is damaged"

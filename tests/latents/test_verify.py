@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rae_fast.errors import UserError
-from rae_fast.latents.layout import is_head
+from rae_fast.latents.layout import BACKUP, MANIFEST, is_head
 from rae_fast.latents.manifest import backup_bytes, intact_head, manifest_bytes
 from rae_fast.latents.plan import config_of
 from rae_fast.latents.repair import repair
@@ -155,3 +155,13 @@ def test_repair_elsewhere_that_rounds_differently_keeps_the_store_consistent(sto
     assert verify(str(store_copy)).damages == []
     assert np.array_equal(open_store(store_copy).read(range(16, 24)), old)
     assert len(open_store(store_copy).read(range(8, 16))) == 8
+
+
+def test_no_store_and_an_unfinished_one_are_not_called_damaged(store_copy: Path, tmp_path: Path) -> None:
+    for url, said in ((tmp_path / "nothing", "no latent store at"), (store_copy, "is incomplete")):
+        for name in (MANIFEST, BACKUP):
+            (url / name).unlink(missing_ok=True)
+        with pytest.raises(UserError, match=said):
+            verify(str(url))
+        with pytest.raises(UserError, match=said):
+            open_intact_url(str(url))
