@@ -42,7 +42,7 @@ class Bench:
 
 
 BENCHES = (
-    Bench("decode", "--images 256 --rounds 3 --out {out}/decode-cpu.json", "--images 64 --rounds 1"),
+    Bench("decode", "--images 256 --rounds 5 --out {out}/decode-cpu.json", "--images 64 --rounds 1"),
     Bench("store", "--images 1024 --rounds 5 --out {out}/store.json", "--images 512 --batches 1 --rounds 1"),
     Bench(
         "encode",
