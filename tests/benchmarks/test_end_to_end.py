@@ -108,4 +108,3 @@ def test_reference_way_trains_on_the_references_crops(
     assert any(torch.equal(s, expected) for s in seen)
     assert any(torch.equal(s, expected.flip(-1)) for s in seen)
     assert all(torch.equal(s, expected) or torch.equal(s, expected.flip(-1)) for s in seen)
-    torch.distributed.destroy_process_group()
