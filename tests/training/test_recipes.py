@@ -64,3 +64,10 @@ def test_reference_recipe_has_the_references_numbers():
 @pytest.mark.parametrize("path", sorted((CONFIGS / "deepspeed").glob("*.json")), ids=lambda path: path.stem)
 def test_deepspeed_configs_are_accepted(path):
     assert read_deepspeed_config(str(path)) == read_json(path)
+
+
+def test_recipes_that_promise_the_released_statistics_take_them() -> None:
+    promising = [p for p in CONFIGS.glob("stage2/training/*.yaml") if "released statistics" in p.read_text()]
+    assert len(promising) == 4
+    for path in [*promising, CONFIGS / "stage2/training/finetune_DiTDH-XL_DINOv2-B_256.yaml"]:
+        assert load_config(path).cache.statistics == "given", path.name
