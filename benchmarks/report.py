@@ -264,7 +264,14 @@ TARGETS = (
         at_most=True,
         headline=True,
     ),
-    Target("simulated against measured steps, 1, 2, 4 ranks", "within 15 %", 15, "%", simulation_error, at_most=True),
+    Target(
+        "simulated against measured steps, 1, 2, 4 ranks (object store on shared cores left out)",
+        "within 15 %",
+        15,
+        "%",
+        simulation_error,
+        at_most=True,
+    ),
 )
 
 

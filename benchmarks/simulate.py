@@ -187,8 +187,9 @@ def main() -> None:
     result = check(args.measured)
     print_table(result)
     for entry in result["rows"]:
-        if "of_measured" in entry:
-            print(f"{entry['name']}: {entry['of_measured']:.3f} of the measured mean")
+        for key, remark in (("of_measured", ""), ("of_measured_crowded", ", not judged: ranks and server share cores")):
+            if key in entry:
+                print(f"{entry['name']}: {entry[key]:.3f} of the measured mean{remark}")
     if args.out:
         write_result(args.out, result)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rae_fast.config import Config
@@ -46,6 +47,11 @@ def tool_parser(description: str, example: str, *, config: bool = True) -> argpa
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     """`--dry-run`, for tools that work long."""
     parser.add_argument("--dry-run", action="store_true", help="say what it would take, and stop")
+
+
+def add_run(parser: argparse.ArgumentParser, text: str) -> None:
+    """`--run FOLDER`, by its long name too: torchrun takes `--run` for the beginning of its own --run-path."""
+    parser.add_argument("--run", "--run-folder", dest="run", metavar="RUN", type=Path, help=text)
 
 
 def parse_tool(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[Config, argparse.Namespace]:

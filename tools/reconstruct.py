@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rae_fast.command_line import tool_parser
+from rae_fast.command_line import add_run, tool_parser
 from rae_fast.errors import exit_cleanly
 from rae_fast.runtime import follow_supervisor, ranks_from_environment
 
@@ -21,15 +21,7 @@ def main() -> None:
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="IMAGES", help="images, or one folder, list, tars, parquet files")
     add("--folder", type=Path, required=True, help="where pairs and figures go")
-    # Under torchrun only the long name works: it takes --run for the beginning of its own --run-path.
-    add(
-        "--run",
-        "--run-folder",
-        dest="run",
-        metavar="RUN",
-        type=Path,
-        help="run of train_decoder: its config and its exported decoder",
-    )
+    add_run(parser, "run of train_decoder: its config and its exported decoder")
     add("--npz", action="store_true", help="also pack originals.npz and reconstructions.npz")
     add("--limit", type=int, help="only the first images")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")

@@ -10,7 +10,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from rae_fast.command_line import add_dry_run, tool_parser
+from rae_fast.command_line import add_dry_run, add_run, tool_parser
 from rae_fast.errors import exit_cleanly
 from rae_fast.runtime import follow_supervisor, on_all_devices
 
@@ -33,15 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = tool_parser(str(__doc__), EXAMPLE)
     add = parser.add_argument
     add("--folder", type=Path, required=True, help="where images, labels, grid and sampling.json go")
-    # Under torchrun only the long name works: it takes --run for the beginning of its own --run-path.
-    add(
-        "--run",
-        "--run-folder",
-        dest="run",
-        metavar="RUN",
-        type=Path,
-        help="training run: its config, and its export or newest checkpoint (EMA)",
-    )
+    add_run(parser, "training run: its config, and its export or newest checkpoint (EMA)")
     add("--weights", type=Path, help="checkpoint, .safetensors export or checkpoints folder; same as stage_2.ckpt=")
     add("--ema", metavar="DECAY", help="which average of a run (default: the first), or online")
     add("--classes", help="numbers or names, separated by commas; taken in turn")

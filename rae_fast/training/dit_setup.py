@@ -202,7 +202,7 @@ def out_of_memory(
     )
     available = torch.cuda.get_device_properties(device).total_memory
     advice = advise(plan, available)
-    if not deepspeed and "deepspeed." in advice:
+    if not deepspeed and "deepspeed=" in advice:
         advice += " runtime.engine=deepspeed"
     return UserError(
         f"out of GPU memory with training.batch_size={batches.micro_batch}: {str(error).split('. ')[0]}",

@@ -52,3 +52,22 @@ def test_device_is_believed_more_than_the_estimate(xl):
 
 def test_no_way_out_is_said(xl):
     assert "no setting fits 4.0 GiB" in advise(plan_memory(xl, micro_batch=1), 4 * GIB)
+
+
+def test_advice_for_ddp_names_the_engine_that_can_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from rae_fast.config_file import load_config
+    from rae_fast.geometry import Geometry
+    from rae_fast.runtime import Ranks
+    from rae_fast.training.batching import BatchPlan, plan_batches
+    from rae_fast.training.dit_setup import out_of_memory
+
+    ranks = Ranks(0, 0, 8)
+    config = load_config(None, ["stage_2.target=DiTDH-XL", "runtime.engine=ddp", "training.batch_size=4"])
+    batches: BatchPlan = plan_batches(config.training, ranks)
+    small = SimpleNamespace(total_memory=8 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
+    geometry = Geometry((768, 16, 16), 256, 1000, 1000, 6.93)
+    error = out_of_memory(config, geometry, batches, ranks, torch.device("cuda"), torch.OutOfMemoryError("full"))
+    assert "deepspeed=configs/deepspeed/zero" in str(error) and "runtime.engine=deepspeed" in str(error)
