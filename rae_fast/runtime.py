@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from rae_fast.errors import UserError
 
@@ -53,6 +54,16 @@ def ranks_from_environment() -> Ranks:
             "start through torchrun or deepspeed, or unset both",
         )
     return ranks
+
+
+def compute_serially() -> None:
+    """Have torch share nothing of what the calling thread computes with helper threads; for threads in the background.
+
+    Each thread that shares its work keeps helpers of its own. Once a process has more of them than cores, OpenMP lets
+    all of them sleep after each operation, those of the training thread too, and a step on a CPU takes twice as long.
+    """
+    torch.get_num_threads()  # the thread's first such call would undo the limit
+    threadpool_limits(1, user_api="openmp")
 
 
 def on_all_devices(device: str, run: Callable[[Ranks], object]) -> None:

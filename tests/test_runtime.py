@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -8,7 +9,14 @@ import pytest
 import torch
 
 from rae_fast.errors import UserError
-from rae_fast.runtime import SUPERVISOR, Ranks, pick_device, ranks_from_environment, set_precision
+from rae_fast.runtime import (
+    SUPERVISOR,
+    Ranks,
+    compute_serially,
+    pick_device,
+    ranks_from_environment,
+    set_precision,
+)
 
 FOLLOWER = (
     "from rae_fast.runtime import follow_supervisor; import time; follow_supervisor(); print('up'); time.sleep(60)"
@@ -68,3 +76,22 @@ def test_a_process_does_not_outlive_its_supervisor() -> None:
     finally:
         supervisor.kill()
         follower.kill()
+
+
+def test_a_thread_that_computes_serially_leaves_the_others_their_threads() -> None:
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+
+    def run() -> None:
+        seen.append(torch.get_num_threads())
+        compute_serially()
+        seen.append(torch.get_num_threads())
+
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert seen == [3, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -34,6 +34,7 @@ from rae_fast.images.entries import ImageIndex, ReadError
 from rae_fast.images.feeder import Feeder, Job, Part
 from rae_fast.images.precheck import decode_pil
 from rae_fast.images.resample import crop_into, native_or_none
+from rae_fast.runtime import compute_serially
 
 CROP_MODES = ("exact", "fast")
 BATCHES_READY = 2  # finished batches that wait for the consumer
@@ -158,6 +159,7 @@ class ImagePipeline:
 
     def _produce(self, ready: queue.Queue, stop: threading.Event) -> None:
         """Body of the producer thread. Whatever it raises is raised again where the batches are consumed."""
+        compute_serially()
         try:
             stages = _Stages(self)
             with (

@@ -25,7 +25,7 @@ from rae_fast.latents.order import Order, choose_rows
 from rae_fast.latents.read_ahead import ReadAhead
 from rae_fast.latents.reader import open_reader
 from rae_fast.latents.store import LatentStore
-from rae_fast.runtime import Ranks
+from rae_fast.runtime import Ranks, compute_serially
 
 FLIP_PROBABILITY = 0.5
 # Views are drawn for many batches at once: each of the hundred small operations of a draw gives up the GIL, and beside
@@ -177,6 +177,7 @@ class _Producer:
         atexit.unregister(self.stop)
 
     def _run(self, epoch: int, position: int) -> None:
+        compute_serially()
         try:
             for batch in self._stream._prepare(epoch, position):
                 self._put(batch)

@@ -20,6 +20,7 @@ from rae_fast.latents.layout import PIXELS
 from rae_fast.latents.records import Failure, ShardRecord
 from rae_fast.latents.shard import ShardFile, write_shard
 from rae_fast.latents.store import LatentStore
+from rae_fast.runtime import compute_serially
 
 WRITE_AHEAD = 3  # encoded batches that may wait for the disk
 
@@ -75,6 +76,7 @@ class ShardSink:
             raise self._failed[0]
 
     def _run(self) -> None:
+        compute_serially()
         try:
             while (batch := self._queue.get()) is not None and not self._dropping:
                 self._shard(batch)

@@ -16,6 +16,7 @@ import torch
 
 from rae_fast.config import Config
 from rae_fast.config_file import to_yaml
+from rae_fast.latents import sink
 from rae_fast.latents.encode import CPU_ENCODE_BATCH, LARGEST_ENCODE_BATCH, LatentEncoder
 from rae_fast.latents.store import open_store
 from rae_fast.latents.verify import verify
@@ -87,3 +88,25 @@ def test_two_launchers_of_two_ranks_build_the_same_bytes(
     assert [launcher.wait(1000) for launcher in launchers] == [0, 0]
     assert files_of(tmp_path / "store") == files_of(pristine_store)
     assert verify(str(tmp_path / "store")).damages == []
+
+
+def test_shards_are_written_without_helper_threads(
+    cache_config: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside another team of OpenMP threads the encoder would run at half its speed on a CPU."""
+    seen = []
+    write_batch = sink.write_batch
+
+    def spy(*args: Any) -> None:
+        seen.append(torch.get_num_threads())
+        write_batch(*args)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(sink, "write_batch", spy)
+        build_cache(cache_config(tmp_path / "store"))
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
