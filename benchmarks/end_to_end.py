@@ -7,8 +7,11 @@
     online      rae_fast with loader.source=online: DALI, encoder in every step
     cached      rae_fast: tools/build_cache.py's store of both views (statistics computed too), then training from it
 
-Every way runs in a process of its own, in turn, round after round, over the same JPEG files with the same model. Time
-counts from when the models are built; memory is the peak of the whole process tree; CPU time too.
+Every way runs in a process of its own, in turn, round after round, over the same JPEG files with the same model,
+compiled. Time counts from when the models are built and have made a first step, the cache's build added; memory is the
+peak of the whole process tree; CPU time too. On a CPU each way has the OpenMP threads that suit it: one where decoders
+share the cores (with one for each core the reference's way lost a third: threads wait for each other while a decoder
+has a core of theirs), all of them for training from a cache.
 
 Images are of ImageNet's sizes and cropped to 256 px, so decoding costs what it costs. On a CPU the models are scaled,
 by two rules that favour no way: encoder and DiT shrink together, so that encoding is the share of training in FLOPs
@@ -16,18 +19,22 @@ that it is of the released sizes (16 % of DiTDH-S, 5 % of DiTDH-XL); and an imag
 times what it is to take of an H200 (2.1 and 7.3 ms of a core for 0.53 and 1.8 ms), since there four DataLoader workers,
 the reference's default, decode beside each GPU. `split_ms_reference` and `flops` in the result say what it came to.
 Two things stay different: on a CPU decoding, encoding and training share the cores and add up, where beside a GPU the
-slowest sets the pace; and the encoder's resize from 256 px weighs more here than on a GPU.
+slowest sets the pace; and the encoder's resize from 256 px weighs more here than on a GPU. As they add up, no cache can
+gain more than `cached_at_most` of the summary, which follows from `split_ms_reference`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +72,7 @@ ENCODERS = {
     "cpu": {"hidden_size": 48, "num_hidden_layers": 10, "num_attention_heads": 4, "image_size": 56},
     "cuda": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224},
 }
+CPU_THREADS = {"reference": 1, "online": 1, "cached": default_threads()}
 SPLIT_BATCHES = 8
 SAMPLE_S = 0.2  # between looks at the memory, each of which reads all of /proc
 
@@ -74,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--images", type=int, default=1024, help="of an epoch")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=3, help="trained by each way; all but the first are steady")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", help="some of the models, comma-separated")
@@ -153,9 +161,9 @@ def make_config(folder: Path, model: str, device: str, settings: dict[str, Any],
             "training.sample_every=null",
             "training.checkpoint_interval=null",
             "runtime.engine=ddp",
+            "runtime.compile=true",
             f"runtime.device={device}",
             f"runtime.precision={'bf16' if device == 'cuda' else 'fp32'}",
-            f"runtime.compile={str(device == 'cuda').lower()}",
             *overrides,
         ],
     )
@@ -202,6 +210,14 @@ class Meter:
         """Time counts from here."""
         self._started_s, self._started_cpu_s = time.perf_counter(), tree_cpu_s()
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What happens in this block does not count."""
+        started_s, started_cpu_s = time.perf_counter(), tree_cpu_s()
+        yield
+        self._started_s += time.perf_counter() - started_s
+        self._started_cpu_s += tree_cpu_s() - started_cpu_s
+
     def mark(self, images: int, device: torch.device) -> None:
         """So many images have been trained on."""
         if device.type == "cuda":
@@ -246,14 +262,12 @@ def run_reference(job: dict[str, Any], device: torch.device, scratch: Path, mete
     """The reference's way."""
     config = make_config(Path(job["folder"]), job["model"], job["device"], job)
     precision = "tf32" if device.type == "cuda" else "fp32"
-    trainer = ReferenceTrainer(
-        config, resolve_geometry(config), device, job["workers"], precision, device.type == "cuda"
-    )
+    trainer = ReferenceTrainer(config, resolve_geometry(config), device, job["workers"], precision, compiled=True)
+    trainer.train(1)
     meter.start()
     seen = 0
-    for number in range(job["epochs"]):
-        for images in trainer.epoch(number):
-            seen += images
+    for _ in range(job["epochs"]):
+        seen += trainer.train(trainer.steps_per_epoch)
         meter.mark(seen, device)
     return {"build_s": 0.0, "split_ms": trainer.split_ms(SPLIT_BATCHES) if job["split"] else {}}
 
@@ -264,6 +278,7 @@ def run_ours(job: dict[str, Any], device: torch.device, scratch: Path, meter: Me
     if job["way"] == "cached":
         overrides += [f"cache.path={scratch / 'store'}", "cache.statistics=compute"]
     config = make_config(Path(job["folder"]), job["model"], job["device"], job, *overrides)
+    LatentEncoder(config.stage_1.params, "fp32", torch.device("cpu"))  # its libraries are loaded before time counts
     meter.start()
     build_s = 0.0
     if job["way"] == "cached":
@@ -271,21 +286,19 @@ def run_ours(job: dict[str, Any], device: torch.device, scratch: Path, meter: Me
         build_s = time.perf_counter() - meter._started_s
     ranks = Ranks()
     batches = plan_batches(config.training, ranks)
-    data = open_training_data(config, batches, ranks, device)
-    run = DiTRun(config, data, batches, ranks, device, scratch)
-    if job["way"] == "online":  # models are built: what the reference's clock leaves out, ours leaves out too
-        meter.start()
-    run.model.train()
-    seen = 0
-    try:
-        with Heartbeat(scratch, ranks, 1e6) as heartbeat:
-            for _ in range(job["epochs"]):
-                for _ in range(run.steps_per_epoch):
-                    run.one_step(heartbeat)
-                    seen += batches.global_batch
-                meter.mark(seen, device)
-    finally:
-        run.close()
+    with Heartbeat(scratch, ranks, 1e6) as heartbeat, ExitStack() as stack:
+        with meter.left_out():
+            data = open_training_data(config, batches, ranks, device)
+            run = DiTRun(config, data, batches, ranks, device, scratch)
+            stack.callback(run.close)
+            run.model.train()
+            run.one_step(heartbeat)
+        seen = 0
+        for _ in range(job["epochs"]):
+            for _ in range(run.steps_per_epoch):
+                run.one_step(heartbeat)
+                seen += batches.global_batch
+            meter.mark(seen, device)
     return {"build_s": build_s, "split_ms": {}}
 
 
@@ -299,7 +312,10 @@ def compare(model: str, folder: Path, args: argparse.Namespace) -> dict[str, lis
         for way in WAYS:
             job = {**vars_of(args), "way": way, "model": model, "folder": str(folder), "split": number == 0}
             command = [sys.executable, __file__, "--worker", json.dumps(job)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+            if args.device == "cpu":
+                environment["OMP_NUM_THREADS"] = str(CPU_THREADS[way])
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             if done.returncode:
                 raise UserError(f"{model}, {way}: {done.stderr.strip().splitlines()[-1:]}", "a run without an error")
             found[way].append(json.loads(done.stdout.splitlines()[-1]))
@@ -317,6 +333,11 @@ def break_even(reference: dict[str, Any], cached: dict[str, Any], images: int) -
     """Epochs after which building and training took as long as the reference's way; infinite if never."""
     saved_s = images / steady_rate(reference) - images / steady_rate(cached)
     return cached["build_s"] / saved_s if saved_s > 0 else float("inf")
+
+
+def bound(split_ms: dict[str, float], workers: int) -> float:
+    """The largest ratio that a cache can give on a CPU, where all parts share the cores: all of them over training."""
+    return round(1 + (workers * split_ms["decode"] + split_ms["encode"]) / split_ms["train"], 2)
 
 
 def cpu_ratio(reference: list[dict[str, Any]], runs: list[dict[str, Any]]) -> float:
@@ -353,6 +374,8 @@ def report(found: dict[str, dict[str, list[dict[str, Any]]]], folder: Path, args
             "cached_over_online": round(rows[-1]["median"] / rows[-2]["median"], 3),
             "break_even_epoch": round(epochs, 3) if np.isfinite(epochs) else None,
         }
+        if args.device == "cpu":
+            summary[model]["cached_at_most"] = bound(ways["reference"][0]["split_ms"], args.workers)
         config = make_config(folder, model, args.device, vars_of(args))
         split[model] = ways["reference"][0]["split_ms"]
         flops[model] = {

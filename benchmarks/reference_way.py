@@ -2,8 +2,8 @@
 
 Each step: PIL decode and ADM crop in DataLoader workers, random flip, the frozen encoder in float32, normalization,
 flow matching, DDP, clipping, fused AdamW, an EMA loop over parameters, and `.item()` of the loss. Kinder than the
-original: its workers stay alive between epochs and hand over uint8, its batches are pinned and copied asynchronously,
-and its models are ours, which cost no more than its own.
+original: its workers hand over uint8 and go on to the next epoch without a pause, its batches are pinned and copied
+asynchronously, and its models are ours, which cost no more than its own.
 
 Shapes: B images, S side of the crop, C, H, W of a latent.
 """
@@ -11,6 +11,7 @@ Shapes: B images, S side of the crop, C, H, W of a latent.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision.datasets import ImageFolder
 
 from rae_fast.config import Config
@@ -46,6 +47,18 @@ class FlippedCrop:
         return crop_3HW.flip(-1) if torch.rand(()) < 0.5 else crop_3HW
 
 
+class AllEpochs(Sampler[int]):
+    """One epoch's order after the other, each by the reference's DistributedSampler, without end."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, drop_last=True)
+
+    def __iter__(self) -> Iterator[int]:
+        for epoch in itertools.count():
+            self._sampler.set_epoch(epoch)
+            yield from self._sampler
+
+
 class ReferenceTrainer:
     """One rank of the reference's training.
 
@@ -55,7 +68,7 @@ class ReferenceTrainer:
         device: where it trains.
         workers: DataLoader processes.
         precision: of the model: fp32, tf32 or bf16; the encoder runs in float32, or TF32 unless the model is fp32.
-        compiled: compile the model's forward pass, as the README advises for GPUs.
+        compiled: compile the model's forward pass, as the README advises.
     """
 
     def __init__(
@@ -80,23 +93,21 @@ class ReferenceTrainer:
             self.model.parameters(), lr=settings.lr, betas=tuple(settings.betas), weight_decay=0, fused=True
         )
         dataset = ImageFolder(str(config.data.source), transform=FlippedCrop(geometry.image_size))
-        self.sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, drop_last=True)
-        self.loader = DataLoader(
+        self.steps_per_epoch = len(dataset) // config.training.global_batch_size
+        self._loader = DataLoader(
             dataset,
             batch_size=config.training.global_batch_size,
-            sampler=self.sampler,
+            sampler=AllEpochs(dataset),
             num_workers=workers,
-            persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            drop_last=True,
         )
+        self._batches = iter(self._loader)
 
-    def epoch(self, number: int) -> Iterator[int]:
-        """Train one epoch; yields the images of each step."""
-        self.sampler.set_epoch(number)
-        for images_B3SS, labels_B in self.loader:
-            self.step(images_B3SS, labels_B)
-            yield len(labels_B)
+    def train(self, steps: int) -> int:
+        """So many steps; returns the images that they took."""
+        for _ in range(steps):
+            self.step(*next(self._batches))
+        return steps * self.training.global_batch_size
 
     def step(self, images_B3SS: Tensor, labels_B: Tensor) -> float:
         """One optimizer step; returns the loss."""
@@ -132,13 +143,16 @@ class ReferenceTrainer:
             average.mul_(decay).add_(online, alpha=1 - decay)
 
     def split_ms(self, batches: int) -> dict[str, float]:
-        """Milliseconds an image of each part alone: decoding in all workers, encoding, training."""
+        """Milliseconds an image of each part alone: decoding in all workers, encoding, training; ends the workers."""
         size, device = self.training.global_batch_size, self.device
-        self.sampler.set_epoch(10_000)
+        ready = self._loader.num_workers * (self._loader.prefetch_factor or 0)
+        for _ in range(ready):
+            next(self._batches)
         started_s = time.perf_counter()
-        found = list(self.loader)
-        decode_s = (time.perf_counter() - started_s) / len(found)
-        images_B3SS, labels_B = found[0]
+        for _ in range(batches):
+            images_B3SS, labels_B = next(self._batches)
+        decode_s = (time.perf_counter() - started_s) / batches
+        self._batches = iter(())
         z_BCHW = self.encode(images_B3SS)
         labels_B = labels_B.to(device)
         encode_s = _mean_s(lambda: self.encode(images_B3SS), batches, device)
