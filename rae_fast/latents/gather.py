@@ -21,9 +21,11 @@ def gather_library() -> ctypes.CDLL:
     library = load_library(SOURCE)
     i32, i64, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     library.rae_gather.argtypes = (
-        (i64, i32, i32, i32, *(pointer,) * 6, i64, *(pointer,) * 2, i64, pointer, pointer)
+        (i64, i32, i32, pointer, i32, *(pointer,) * 6, i64, *(pointer,) * 2, i64, pointer, pointer)
     )  # fmt: skip
     library.rae_gather.restype = i64
+    library.rae_queue_open.argtypes, library.rae_queue_open.restype = (i32,), pointer
+    library.rae_queue_close.argtypes, library.rae_queue_close.restype = (pointer,), None
     library.rae_crc32c.argtypes = (pointer, i64, ctypes.c_uint32)
     library.rae_crc32c.restype = ctypes.c_uint32
     return library

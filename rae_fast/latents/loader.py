@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,11 @@ FLIP_PROBABILITY = 0.5
 # Views are drawn for many batches at once: each of the hundred small operations of a draw gives up the GIL, and beside
 # a busy thread waits up to 5 ms to have it back.
 BATCHES_DRAWN = 64
+
+
+# How long a thread that runs Python may keep the GIL from one that wants it. At Python's own 5 ms the loader's thread
+# waits as long as it reads a batch each time that it comes back from C.
+GIL_SWITCH_S = 5e-4
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ class _Producer:
         self._queue: queue.Queue[Any] = queue.Queue(stream.prefetch)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(epoch, position), name="latent-loader", daemon=True)
+        sys.setswitchinterval(min(sys.getswitchinterval(), GIL_SWITCH_S))
         self._thread.start()
         # A thread that is still inside torch when Python ends takes the process down by SIGABRT, exit status and all.
         atexit.register(self.stop)

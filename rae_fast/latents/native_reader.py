@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MAPPED, BUFFERED, DIRECT = 0, 1, 2
 MODES = {"mapped": MAPPED, "buffered": BUFFERED, "direct": DIRECT}
 CHECKSUM, CUT_SHORT = -1, -2
-DIRECT_THREADS = 16  # reads in flight: what an NVMe disk wants
+DIRECT_READS = 16  # in flight: what an NVMe disk wants
 MEMORY_SHARE = 0.5  # of what is free: a store below this is expected to stay in the page cache
 PAGE = 4096
 
@@ -52,7 +52,7 @@ class NativeReader:
         store: a local store.
         verify: check each row's checksum.
         mode: "mapped", "direct", "buffered", or None: mapped if the store fits in memory.
-        threads: that copy or read; None: one per core up to four for copies, sixteen for reads from the disk.
+        threads: that copy, or reads in flight; None: one per core up to four for copies, sixteen reads from the disk.
 
     Raises:
         NativeUnavailableError: there is no compiler, or it failed.
@@ -69,7 +69,8 @@ class NativeReader:
         self._table = RowTable(store)
         self.mode = mode or ("mapped" if fits_in_memory(store) else "direct")
         cores = len(os.sched_getaffinity(0))
-        self.threads = threads or (min(4, cores) if self.mode == "mapped" else DIRECT_THREADS)
+        self.threads = threads or (min(4, cores) if self.mode == "mapped" else DIRECT_READS)
+        self._queue = self._library.rae_queue_open(self.threads) if self.mode == "direct" else None
         shards = shard_count(store.n, store.shard_size)
         self._shards = {name: np.full(shards, -1, np.int64) for name in store.planes}  # address or descriptor
         self._scales = {name: np.full(shards, -1, np.int64) for name in store.planes}
@@ -102,7 +103,7 @@ class NativeReader:
         target = aligned_empty((len(rows), int(size.max(initial=0))), np.uint8) if compressed else out
         problem = np.zeros(1, np.int32)
         bad = self._library.rae_gather(
-            len(rows), MODES[self.mode], self.threads, self.verify, fresh.ctypes.data,
+            len(rows), MODES[self.mode], self.threads, self._queue, self.verify, fresh.ctypes.data,
             file.ctypes.data, offset.ctypes.data, size.ctypes.data, crc.ctypes.data,
             target.ctypes.data, target.strides[0] if len(rows) else 0,
             scale_file.ctypes.data, scale_offset.ctypes.data, 0 if scales is None else planes[0].scale_bytes,
@@ -133,7 +134,7 @@ class NativeReader:
         """Fill in where rows of one plane lie, opening shards that are met for the first time."""
         shard, slot = np.divmod(rows, self.store.shard_size)
         handles = self._shards[plane.name]
-        for new in np.unique(shard[handles[shard] < 0]).tolist():
+        for new in _unopened(handles, shard):
             handles[new] = self._open(plane, new)
         file[into] = handles[shard]
         if not plane.compressed:
@@ -147,7 +148,7 @@ class NativeReader:
     ) -> None:
         shard, slot = np.divmod(rows, self.store.shard_size)
         handles = self._scales[plane.name]
-        for new in np.unique(shard[handles[shard] < 0]).tolist():
+        for new in _unopened(handles, shard):
             handles[new] = self._descriptor(plane, new, plane.scale_key(new), os.O_RDONLY)
         file[into], offset[into] = handles[shard], slot * plane.scale_bytes
 
@@ -193,8 +194,18 @@ class NativeReader:
         raise OSError(max(problem, 0) or errno.ENOMEM, f"row {row} of {plane.array} in {self.store.url}")
 
     def __del__(self) -> None:
+        if getattr(self, "_queue", None):
+            self._library.rae_queue_close(self._queue)
         for file in getattr(self, "_files", ()):
             os.close(file)
+
+
+def _unopened(handles: np.ndarray, shards: np.ndarray) -> list[int]:
+    """Which of these shards have no handle yet, each once.
+
+    By a set: numpy's sort gives up the GIL whatever the size, and beside a busy thread waits 5 ms to have it back.
+    """
+    return sorted(set(shards[handles[shards] < 0].tolist()))
 
 
 def fits_in_memory(store: LatentStore) -> bool:

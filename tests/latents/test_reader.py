@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,57 @@ def test_direct_reads_of_pages_and_of_odd_pieces_agree(pristine_store: Path) -> 
     rows = np.arange(store.n)
     expected = zarr.open_group(pristine_store, mode="r")["pixels"][:]
     out = np.empty(store.n * plane.row_bytes + 1, np.uint8)[1:].reshape(store.n, *plane.row_shape)
-    NativeReader(store, mode="direct").gather(rows, [plane], np.zeros_like(rows), out, None)
-    assert np.array_equal(out, expected)
+    for threads in (1, 5):
+        out[:] = 0
+        NativeReader(store, mode="direct", threads=threads).gather(rows, [plane], np.zeros_like(rows), out, None)
+        assert np.array_equal(out, expected)
+
+
+def many(store: LatentStore) -> tuple[np.ndarray, np.ndarray]:
+    """Far more rows than reads that may be in flight, and their views."""
+    rows = np.random.default_rng(0).permutation(np.repeat(np.arange(store.n), 5))
+    return rows, rows % 2
+
+
+def test_direct_reads_without_a_queue_and_in_a_forked_child(path: Path) -> None:
+    """A queue belongs to the process that opened it, and some systems have none: threads read instead."""
+    store = open_store(path)
+    expected, _ = gather(store, open_reader(store, "zarr"), *many(store))
+    reader = NativeReader(store, mode="direct")
+    assert np.array_equal(gather(store, reader, *many(store))[0], expected)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(gather(store, reader, *many(store))[0], expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert np.array_equal(gather(store, reader, *many(store))[0], expected)
+    queue, reader._queue = reader._queue, None
+    assert np.array_equal(gather(store, reader, *many(store))[0], expected)
+    reader._queue = queue
+
+
+def test_threads_may_share_a_direct_reader(path: Path) -> None:
+    store = open_store(path)
+    expected, _ = gather(store, open_reader(store, "zarr"), *many(store))
+    reader = NativeReader(store, mode="direct")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: gather(store, reader, *many(store))[0], range(12)))
+    assert all(np.array_equal(got, expected) for got in found)
+
+
+def test_direct_reads_go_on_behind_a_bad_row(pristine_store: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(pristine_store, tmp_path / "store"))
+    shard = copy / "latents/original/c/1/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[30] ^= 4
+    shard.write_bytes(data)
+    store = open_store(copy)
+    reader = NativeReader(store, mode="direct")
+    for _ in range(3):
+        with pytest.raises(UserError, match="row 8 fails its checksum"):
+            gather(store, reader, *many(store))
+    whole = np.flatnonzero(np.arange(store.n) // store.shard_size != 1)
+    expected, _ = gather(store, open_reader(store, "zarr"), whole, np.zeros_like(whole))
+    assert np.array_equal(gather(store, reader, whole, np.zeros_like(whole))[0], expected)
 
 
 @pytest.mark.parametrize("kind", READERS)
