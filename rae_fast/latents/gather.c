@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #if defined(__linux__)
@@ -369,13 +370,20 @@ static void arrived(Batch *b, Read *read, int64_t result) {
     note(b, i, complete(b, i, ~0u));
 }
 
-/* Serve rows until there are none, or until the queue turns out not to be one: some file systems do the whole read while
-   it is handed in. */
+static double clock_s(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Serve rows until there are none. Some file systems do the whole read while it is handed in: a queue of theirs holds one
+   read at a time, and the next batch is left to threads. */
 static void serve(Batch *b, Queue *queue) {
     Read *reads = calloc((size_t)queue->depth, sizeof *reads), *idle[MAX_THREADS];
     struct iocb *fresh[MAX_THREADS];
     struct io_event events[MAX_THREADS];
-    int idle_count = 0, in_flight = 0, first = 1;
+    int idle_count = 0, in_flight = 0;
+    double begun_s = clock_s(), submitting_s = 0;
     if (!reads) return;
     while (idle_count < queue->depth) idle[idle_count] = &reads[idle_count], idle_count++;
     for (;;) {
@@ -392,7 +400,9 @@ static void serve(Batch *b, Queue *queue) {
                 fresh[count++] = &read->request;
             }
         }
+        double asked_s = clock_s();
         long taken = count ? syscall(SYS_io_submit, queue->context, (long)count, fresh) : 0;
+        submitting_s += clock_s() - asked_s;
         if (taken < count) queue->useless = 1; /* as in a child of fork */
         taken = taken < 0 ? 0 : taken;
         in_flight += (int)taken;
@@ -403,10 +413,7 @@ static void serve(Batch *b, Queue *queue) {
         }
         if (!in_flight) break;
         long least = in_flight < SEVERAL ? in_flight : SEVERAL, most = queue->depth;
-        struct timespec now = {0, 0};
-        long done = syscall(SYS_io_getevents, queue->context, first ? 0 : least, most, events, first ? &now : NULL);
-        if (first && done == in_flight && done > 1) queue->useless = 1;
-        first = 0;
+        long done = syscall(SYS_io_getevents, queue->context, least, most, events, NULL);
         for (long k = 0; k < done; k++) {
             Read *read = (Read *)(uintptr_t)events[k].data;
             arrived(b, read, events[k].res);
@@ -414,6 +421,7 @@ static void serve(Batch *b, Queue *queue) {
             in_flight--;
         }
     }
+    if (b->count > 2 * queue->depth && submitting_s > (clock_s() - begun_s) / 2) queue->useless = 1;
     for (int k = 0; k < queue->depth; k++) free(reads[k].scratch.bytes);
     free(reads);
 }
