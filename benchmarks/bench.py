@@ -67,9 +67,9 @@ BENCHES = (
     Bench("planner", "--device cpu --batch 8 --rounds 4 --out {out}/planner-cpu.json", "--batch 4 --rounds 1"),
     Bench(
         "end_to_end",
-        "--images 512 --epochs 2 --rounds 3 --out {out}/end_to_end-cpu.json",
-        "--images 128 --epochs 2 --rounds 1",
-        540.0,
+        "--images 512 --epochs 3 --rounds 2 --out {out}/end_to_end-cpu.json",
+        "--images 128 --batch 32 --epochs 2 --rounds 1",
+        600.0,
     ),
     Bench("report", "--results {out}", ""),
 )
