@@ -93,7 +93,7 @@ def _plain(node: Any) -> dict[str, Any]:
 
 def _modernize(raw: dict[str, Any]) -> dict[str, Any]:
     """Bring official spellings, old ones included, to the names of the schema."""
-    raw = _underscores(raw)
+    raw = _spelt_out(raw)
     training = raw.get("training")
     if isinstance(training, dict):
         if training.get("schedule_type") is not None or "base_lr" in training:
@@ -128,13 +128,16 @@ def _put(mapping: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
     mapping.setdefault(place[-1], value)
 
 
-def _underscores(node: Any) -> Any:
-    """Official sampling files write `t-min`, training files `t_min`: one spelling, in every section."""
+def _spelt_out(node: Any) -> Any:
+    """Keys with underscores (official sampling files write `t-min`, training files `t_min`), `~/` as the home folder.
+
+    The shell leaves the `~` of cache.path=~/store as it is.
+    """
     if isinstance(node, Mapping):
-        return {str(key).replace("-", "_"): _underscores(value) for key, value in node.items()}
+        return {str(key).replace("-", "_"): _spelt_out(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_underscores(value) for value in node]
-    return node
+        return [_spelt_out(value) for value in node]
+    return str(Path(node).expanduser()) if isinstance(node, str) and node.startswith("~/") else node
 
 
 def _check_keys(raw: Mapping[str, Any], schema: type, prefix: str, origin: str) -> None:

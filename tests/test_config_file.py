@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from rae_fast.config_file import load_config, to_yaml
@@ -134,3 +136,14 @@ def test_broken_yaml_is_one_line(tmp_path, text: str, said: str) -> None:
 def test_a_missing_file_is_named(tmp_path) -> None:
     with pytest.raises(UserError, match=r"none\.yaml does not exist"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_home_folder_is_spelt_out_wherever_a_path_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("logging: {run_folder: ~/runs/a}\n")
+    config = load_config(tmp_path / "config.yaml", ["cache.path=~/store", "data.source=~/photos"])
+    assert config.logging.run_folder == str(tmp_path / "runs/a")
+    assert config.cache.path == str(tmp_path / "store")
+    assert config.data.source == str(tmp_path / "photos")
