@@ -42,7 +42,7 @@ class Bench:
 
 
 BENCHES = (
-    Bench("decode", "--images 256 --rounds 5 --out {out}/decode-cpu.json", "--images 64 --rounds 1"),
+    Bench("decode", "--images 512 --rounds 5 --out {out}/decode-cpu.json", "--images 64 --rounds 1"),
     Bench("store", "--images 1024 --rounds 5 --out {out}/store.json", "--images 512 --batches 1 --rounds 1"),
     Bench(
         "encode",
@@ -67,7 +67,7 @@ BENCHES = (
     Bench("planner", "--device cpu --batch 8 --rounds 4 --out {out}/planner-cpu.json", "--batch 4 --rounds 1"),
     Bench(
         "end_to_end",
-        "--images 512 --epochs 3 --rounds 2 --out {out}/end_to_end-cpu.json",
+        "--images 1024 --epochs 2 --rounds 3 --out {out}/end_to_end-cpu.json",
         "--images 128 --batch 32 --epochs 2 --rounds 1",
         600.0,
     ),

@@ -8,10 +8,11 @@
     cached      rae_fast: tools/build_cache.py's store of both views (statistics computed too), then training from it
 
 Every way runs in a process of its own, in turn, round after round, over the same JPEG files with the same model,
-compiled. Time counts from when the models are built and have made a first step, the cache's build added; memory is the
-peak of the whole process tree; CPU time too. On a CPU each way has the OpenMP threads that suit it: one where decoders
-share the cores (with one for each core the reference's way lost a third: threads wait for each other while a decoder
-has a core of theirs), all of them for training from a cache.
+compiled on a GPU (on this CPU compiling takes longer than the epochs). Time counts from when the models are built and
+have made a first step, the cache's build added; memory is the peak of the whole process tree; CPU time too. On a CPU
+each way has the OpenMP threads that suit it: one where decoders share the cores (with one for each core the reference's
+way lost a third: threads wait for each other while a decoder has a core of theirs), all of them for training from a
+cache.
 
 Images are of ImageNet's sizes and cropped to 256 px, so decoding costs what it costs. On a CPU the models are scaled,
 by two rules that favour no way: encoder and DiT shrink together, so that encoding is the share of training in FLOPs
@@ -161,9 +162,9 @@ def make_config(folder: Path, model: str, device: str, settings: dict[str, Any],
             "training.sample_every=null",
             "training.checkpoint_interval=null",
             "runtime.engine=ddp",
-            "runtime.compile=true",
             f"runtime.device={device}",
             f"runtime.precision={'bf16' if device == 'cuda' else 'fp32'}",
+            f"runtime.compile={str(device == 'cuda').lower()}",
             *overrides,
         ],
     )
@@ -262,7 +263,8 @@ def run_reference(job: dict[str, Any], device: torch.device, scratch: Path, mete
     """The reference's way."""
     config = make_config(Path(job["folder"]), job["model"], job["device"], job)
     precision = "tf32" if device.type == "cuda" else "fp32"
-    trainer = ReferenceTrainer(config, resolve_geometry(config), device, job["workers"], precision, compiled=True)
+    geometry, compiled = resolve_geometry(config), config.runtime.compile
+    trainer = ReferenceTrainer(config, geometry, device, job["workers"], precision, compiled)
     trainer.train(1)
     meter.start()
     seen = 0
@@ -312,10 +314,8 @@ def compare(model: str, folder: Path, args: argparse.Namespace) -> dict[str, lis
         for way in WAYS:
             job = {**vars_of(args), "way": way, "model": model, "folder": str(folder), "split": number == 0}
             command = [sys.executable, __file__, "--worker", json.dumps(job)]
-            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
-            if args.device == "cpu":
-                environment["OMP_NUM_THREADS"] = str(CPU_THREADS[way])
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            threads = {"OMP_NUM_THREADS": str(CPU_THREADS[way])} if args.device == "cpu" else {}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **threads})
             if done.returncode:
                 raise UserError(f"{model}, {way}: {done.stderr.strip().splitlines()[-1:]}", "a run without an error")
             found[way].append(json.loads(done.stdout.splitlines()[-1]))

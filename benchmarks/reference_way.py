@@ -31,7 +31,7 @@ from rae_fast.latents.encode import LatentEncoder
 from rae_fast.latents.stats import load_statistics
 from rae_fast.runtime import Ranks, set_precision
 from rae_fast.training.deepspeed_setup import join_single_process_group
-from rae_fast.training.engine import wrap_ddp
+from rae_fast.training.engine import compile_blocks, wrap_ddp
 from rae_fast.transport.objective import Transport
 
 
@@ -68,7 +68,7 @@ class ReferenceTrainer:
         device: where it trains.
         workers: DataLoader processes.
         precision: of the model: fp32, tf32 or bf16; the encoder runs in float32, or TF32 unless the model is fp32.
-        compiled: compile the model's forward pass, as the README advises.
+        compiled: compile the model's blocks, as the README advises for the whole.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ReferenceTrainer:
         self.model = build_dit(config.stage_2.target, dit_params(config, geometry)).to(device).train()
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         if compiled:
-            self.model.forward = torch.compile(self.model.forward)
+            compile_blocks(self.model)
         set_precision(precision)
         self.autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bf16" else nullcontext
         join_single_process_group(Ranks(), device)

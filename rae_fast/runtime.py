@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from rae_fast.errors import UserError
 
@@ -63,7 +64,12 @@ def compute_serially() -> None:
     all of them sleep after each operation, those of the training thread too, and a step on a CPU takes twice as long.
     """
     torch.get_num_threads()  # the thread's first such call would undo the limit
-    threadpool_limits(1, user_api="openmp")
+    _thread_pools().limit(limits=1, user_api="openmp")
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through all loaded libraries, some milliseconds
 
 
 def on_all_devices(device: str, run: Callable[[Ranks], object]) -> None:
