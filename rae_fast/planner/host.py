@@ -128,6 +128,7 @@ def table_machine(
 def this_machine(config: Config, geometry: Geometry, count: int, images_a_step: int) -> Machine:
     """This machine, measured."""
     device = pick_device(config.runtime.device)
+    config, precision_note = _fast_precision(config, device)
     cores = measured.cores()
     products = measured.measure_products(device)
     step = measured.measure_step(config, geometry, device, products)
@@ -160,12 +161,21 @@ def this_machine(config: Config, geometry: Geometry, count: int, images_a_step: 
         link_bytes_s=None,
         origins={
             "device": MEASURED,
-            "training": MEASURED + ", block by block",
+            "training": MEASURED + ", block by block" + precision_note,
             "decode": decode_origin,
             "encode": MEASURED if encode else f"{COMPUTED}: {ENCODER_SHARE:.0%} of the products' rate",
             "disk": MEASURED if local else "unknown: give --disk-gbs",
         },
     )
+
+
+def _fast_precision(config: Config, device: torch.device) -> tuple[Config, str]:
+    """The config as it is measured here, and a note: a CPU that only emulates bf16 takes minutes for each figure."""
+    low = {config.runtime.precision, config.cache.precision} & {"bf16", "fp16"}
+    if device.type != "cpu" or not low or torch.cpu._is_avx512_bf16_supported():
+        return config, ""
+    runtime, cache = replace(config.runtime, precision="fp32"), replace(config.cache, precision="fp32")
+    return replace(config, runtime=runtime, cache=cache), ", in fp32: this CPU has no bf16"
 
 
 def _existing(folder: Path) -> Path:
