@@ -73,6 +73,14 @@ def test_direct_reads_of_pages_and_of_odd_pieces_agree(pristine_store: Path) -> 
         assert np.array_equal(out, expected)
 
 
+def copy_with_a_flipped_bit(path: Path, to: Path, shard: str) -> LatentStore:
+    shutil.copytree(path, to)
+    data = bytearray((to / shard).read_bytes())
+    data[30] ^= 4
+    (to / shard).write_bytes(data)
+    return open_store(to)
+
+
 def many(store: LatentStore) -> tuple[np.ndarray, np.ndarray]:
     """Far more rows than reads that may be in flight, and their views."""
     rows = np.random.default_rng(0).permutation(np.repeat(np.arange(store.n), 5))
@@ -105,12 +113,7 @@ def test_threads_may_share_a_direct_reader(path: Path) -> None:
 
 
 def test_direct_reads_go_on_behind_a_bad_row(pristine_store: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(pristine_store, tmp_path / "store"))
-    shard = copy / "latents/original/c/1/0/0/0"
-    data = bytearray(shard.read_bytes())
-    data[30] ^= 4
-    shard.write_bytes(data)
-    store = open_store(copy)
+    store = copy_with_a_flipped_bit(pristine_store, tmp_path / "store", "latents/original/c/1/0/0/0")
     reader = NativeReader(store, mode="direct")
     for _ in range(3):
         with pytest.raises(UserError, match="row 8 fails its checksum"):
@@ -122,12 +125,7 @@ def test_direct_reads_go_on_behind_a_bad_row(pristine_store: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", READERS)
 def test_no_reader_serves_a_flipped_bit(path: Path, kind: str, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(path, tmp_path / "store"))
-    shard = copy / "latents/hflip/c/1/0/0/0"
-    data = bytearray(shard.read_bytes())
-    data[30] ^= 4
-    shard.write_bytes(data)
-    store = open_store(copy)
+    store = copy_with_a_flipped_bit(path, tmp_path / "store", "latents/hflip/c/1/0/0/0")
     with pytest.raises(UserError, match=r"shards? .*1.* of latents/hflip.*repair"):
         gather(store, open_reader(store, kind))
 
