@@ -142,7 +142,7 @@ def this_machine(config: Config, geometry: Geometry, count: int, images_a_step: 
     local = "://" not in (config.cache.path or "")
     folder = Path(config.cache.path or ".").absolute()
     row = store_size(geometry.latent_shape, 1, codec="lossless").row
-    floor = None
+    floor = products / training_flops(from_config(config))
     if device.type == "cuda":
         floor = 1 / sum(floor_s(from_config(config), images_a_step, products / 1e12, _bandwidth(device)).values())
     return Machine(
@@ -154,7 +154,8 @@ def this_machine(config: Config, geometry: Geometry, count: int, images_a_step: 
         decode_images_s=decode,
         encode_images_s=encode or ENCODER_SHARE * products / encoder_flops(config, geometry),
         step=step,
-        floor_images_s=floor or products / training_flops(from_config(config)),
+        # Products may have been measured in a moment when others used the machine; what was measured is possible.
+        floor_images_s=max(floor, step.images_s(images_a_step)),
         expected_images_s=step.images_s(images_a_step),
         disk_bytes_s=measured.measure_disk(folder, int(row)) if local else None,
         free_bytes=shutil.disk_usage(_existing(folder)).free if local else None,
