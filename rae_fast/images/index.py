@@ -31,7 +31,7 @@ def build_index(data: Data) -> ImageIndex:
     if data.kind not in KINDS:
         raise UserError(f"data.kind is {data.kind!r}{nearest(data.kind, KINDS)}", f"one of {', '.join(KINDS)}")
     source = data.source
-    path = Path(source).expanduser()
+    path = Path(source)
     kind = _kind_of(path, source) if data.kind == "auto" else data.kind
     if kind in ("imagefolder", "folder") and not path.is_dir():
         raise UserError(f"data.source {source} is not a folder", f"a folder of images (data.kind {kind})")

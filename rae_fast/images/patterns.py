@@ -18,7 +18,6 @@ def expand(source: str, suffix: str, what: str) -> list[str]:
     Raises:
         UserError: there are none, or one that the pattern names is missing.
     """
-    source = str(Path(source).expanduser())
     if Path(source).is_dir():
         found = sorted(str(path) for path in Path(source).rglob(f"*{suffix}"))
     else:

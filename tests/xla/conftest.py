@@ -40,8 +40,9 @@ runtime: {precision: fp32, engine: ddp}
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def device() -> torch.device:
+    """Made before anything trains on the CPU: autograd starts its threads once, for the devices that it finds then."""
     from rae_fast.runtime import pick_device
 
     return pick_device("xla")
