@@ -11,6 +11,8 @@ is named at the end, and makes the exit status 1. What only a GPU can say: `make
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -106,12 +108,27 @@ def run(bench: Bench, results: Path, short: bool) -> str:
     settings = f"{bench.arguments} {bench.short if short else ''}".format(out=results)
     began = time.monotonic()
     command = [sys.executable, str(HERE / f"{bench.name}.py"), *settings.split()]
+    process = subprocess.Popen(command, start_new_session=True)
     try:
-        done = subprocess.run(command, check=False, timeout=bench.limit_s * (4 if short else 1))
+        status = process.wait(bench.limit_s * (4 if short else 1))
     except subprocess.TimeoutExpired:
         return f"cut off after {bench.limit_s:.0f} s"
-    seconds = time.monotonic() - began
-    return f"done in {seconds:.0f} s" if done.returncode == 0 else f"failed with status {done.returncode}"
+    finally:
+        end_group(process)
+    return f"done in {time.monotonic() - began:.0f} s" if status == 0 else f"failed with status {status}"
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a benchmark and the processes that it started: left alone, they would slow the next one down."""
+    # Interrupted, it removes its temporary folders.
+    for number, patience_s in ((signal.SIGINT, 20.0), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience_s)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from rae_fast.latents.imports import import_latents
 from rae_fast.latents.loader import LatentLoader
 from rae_fast.latents.storage import open_storage
 from rae_fast.latents.store import open_store
-from rae_fast.runtime import init_distributed, ranks_from_environment
+from rae_fast.runtime import Ranks, init_distributed, ranks_from_environment
 
 SHAPE = (768, 16, 16)
 PREFETCH = 4
@@ -166,26 +166,26 @@ def copy_store(source: str, target: str) -> None:
 
 
 def one_round(stores: dict[str, str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every storage on every number of ranks, in turn."""
+    """Every storage on every number of ranks, in turn; processes start once for each number of ranks."""
     for ranks in args.ranks:
+        jobs = []
         for storage, url in stores.items():
             # One Python process serves the object store: smaller batches, or it takes longer than all the rest.
             batch = max(1, args.batch // S3_SHARE) if storage == "s3" else args.batch
-            job = {"url": url, "batch": batch, "batches": args.batches, "steps": args.steps}
-            job["straggling"] = storage == "local" and ranks > 1
-            for point in launch(ranks, job):
-                yield {"storage": storage, "ranks": ranks, "batch": batch, **point}
-            print(f"{storage}, {ranks} ranks: done", flush=True)
+            job = {"storage": storage, "url": url, "batch": batch, "batches": args.batches, "steps": args.steps}
+            jobs.append({**job, "straggling": storage == "local" and ranks > 1})
+        yield from launch(ranks, jobs)
+        print(f"{ranks} ranks: done", flush=True)
 
 
-def launch(ranks: int, job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Start ranks, wait, and read what rank 0 says.
+def launch(ranks: int, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Start ranks that do these jobs, wait, and read what rank 0 says.
 
     Raises:
         UserError: a rank failed.
     """
     place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, __file__, "--worker", json.dumps(job)]
+    command = [sys.executable, __file__, "--worker", json.dumps(jobs)]
     processes = [
         subprocess.Popen(
             command,
@@ -203,10 +203,17 @@ def launch(ranks: int, job: dict[str, Any]) -> list[dict[str, Any]]:
     return json.loads(answers[0][0].splitlines()[-1])
 
 
-def work(job: dict[str, Any]) -> None:
-    """One rank: reading alone, the exchange alone, steps; rank 0 prints the points."""
+def work(jobs: list[dict[str, Any]]) -> None:
+    """One rank; rank 0 prints the points of all jobs."""
     ranks = ranks_from_environment()
     init_distributed(ranks, torch.device("cpu"))
+    points = [point for job in jobs for point in measure(job, ranks)]
+    if ranks.is_main:
+        print(json.dumps(points))
+
+
+def measure(job: dict[str, Any], ranks: Ranks) -> list[dict[str, Any]]:
+    """Points of one storage: reading alone, the exchange alone, steps."""
     gradients = torch.ones(GRADIENT_VALUES)
 
     def exchange() -> None:
@@ -244,8 +251,8 @@ def work(job: dict[str, Any]) -> None:
         point |= {"compute_s": compute_s, "step_s": step_s}
     time_alone()
     loader.close()
-    if ranks.is_main:
-        print(json.dumps([point | alone for point in points]))
+    known = {"storage": job["storage"], "ranks": ranks.world, "batch": job["batch"]}
+    return [known | point | alone for point in points]
 
 
 def timed(run: Callable[[], object], times: int, together: Callable[[], None], skip: int = 1) -> list[float]:

@@ -41,6 +41,7 @@ def entry(name: str, median: float, unit: str = "images/s", **facts: float) -> d
 @pytest.fixture
 def results() -> dict[str, dict[str, Any]]:
     summary = {"S-like": {"cached_over_reference": 6.5, "break_even_epoch": 2.5}}
+    summary["XL-like"] = {"cached_over_reference": 1.8}
     ends = made("end_to_end", [entry("S-like, reference", 10), entry("S-like, cached", 65)], summary=summary)
     warm = [
         entry("numpy", 9),
@@ -58,6 +59,7 @@ def test_targets_are_judged_by_the_results(report: ModuleType, results: dict) ->
     assert states["cached over the reference's way, steady images/s, S-like width, CPU"] == ("6.5 x", "reached")
     assert states["the cache has paid for itself, S-like width, CPU"] == ("2.5 epochs", "not reached")
     assert states["loader warm, one core, buffered, over numpy memmap"] == ("0.9 x", "reached")
+    assert states["cached over the reference's way, XL-like width, CPU"] == ("1.8 x", "-")
     assert states["loader warm, one core, mapped, over numpy memmap"] == ("1.2 x", "not reached")
     assert states["decode and crop over PIL + DataLoader, CPU"] == ("2.2 x", "reached")
     assert states["DiTDH-XL, 256 tokens, one H200, bf16 step"] == ("unmeasured", "-")
