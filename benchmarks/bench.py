@@ -59,7 +59,7 @@ BENCHES = (
         "--out {out}/train_step-cpu.json",
         "--steps 2",
     ),
-    Bench("sampling", "--rounds 5 --device cpu --output {out}/sampling-cpu.json", "--rounds 1"),
+    Bench("sampling", "--rounds 3 --device cpu --output {out}/sampling-cpu.json", "--rounds 1"),
     Bench(
         "loader_scaling",
         "--images 512 --batches 16 --rounds 2 --out {out}/loader_scaling.json",
