@@ -10,15 +10,15 @@
 Every way runs in a process of its own, in turn, round after round, over the same JPEG files with the same model,
 compiled on a GPU (on this CPU compiling takes longer than the epochs). Time counts from when the models are built and
 have made a first step, the cache's build added; memory is the peak of the whole process tree; CPU time too. On a CPU
-each way has the OpenMP threads that suit it: one where decoders share the cores (with one for each core the reference's
-way lost a third: threads wait for each other while a decoder has a core of theirs), all of them for training from a
-cache.
+each way has the OpenMP threads that suit it: the reference's way one (with one for each core it lost a third: threads
+wait for each other while a decoding process has a core of theirs), ours one for each core.
 
 Images are of ImageNet's sizes and cropped to 256 px, so decoding costs what it costs. On a CPU the models are scaled,
 by two rules that favour no way: encoder and DiT shrink together, so that encoding is the share of training in FLOPs
-that it is of the released sizes (16 % of DiTDH-S, 5 % of DiTDH-XL); and an image's step takes of this CPU's cores four
-times what it is to take of an H200 (2.1 and 7.3 ms of a core for 0.53 and 1.8 ms), since there four DataLoader workers,
-the reference's default, decode beside each GPU. `split_ms_reference` and `flops` in the result say what it came to.
+that it is of the released sizes (16 % of DiTDH-S, 5 % of DiTDH-XL); and training from the cache takes of this CPU's
+cores four times what it is to take of an H200 (2.1 and 7.3 ms of a core for 0.53 and 1.8 ms), since there four
+DataLoader workers, the reference's default, decode beside each GPU. `core_ms_cached` in the summary and `flops` say
+what it came to; two cores at work in the same memory need more than the `train` of `split_ms_reference`, one alone.
 Two things stay different: on a CPU decoding, encoding and training share the cores and add up, where beside a GPU the
 slowest sets the pace; and the encoder's resize from 256 px weighs more here than on a GPU. As they add up, no cache can
 gain more than `cached_at_most` of the summary, which follows from `split_ms_reference`.
@@ -64,16 +64,16 @@ from rae_fast.training.stall import Heartbeat
 
 WAYS = ("reference", "online", "cached")
 CLASSES = 8
-# Released DiTDH-S and -XL, and a tenth of their widths with half of the depths and 16 tokens for 256.
+# Released DiTDH-S and -XL, and some sixteenth of their widths with half of the depths and 16 tokens for 256.
 MODELS = {
-    "cpu": {"S-like": ([36, 192], [6, 1], [3, 12]), "XL-like": ([108, 192], [14, 1], [9, 12])},
+    "cpu": {"S-like": ([24, 128], [6, 1], [2, 8]), "XL-like": ([84, 128], [14, 1], [7, 8])},
     "cuda": {"DiTDH-S": ([384, 2048], [12, 2], [6, 16]), "DiTDH-XL": ([1152, 2048], [28, 2], [16, 16])},
 }
 ENCODERS = {
-    "cpu": {"hidden_size": 48, "num_hidden_layers": 10, "num_attention_heads": 4, "image_size": 56},
+    "cpu": {"hidden_size": 32, "num_hidden_layers": 10, "num_attention_heads": 4, "image_size": 56},
     "cuda": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224},
 }
-CPU_THREADS = {"reference": 1, "online": 1, "cached": default_threads()}
+CPU_THREADS = {"reference": 1, "online": default_threads(), "cached": default_threads()}
 SPLIT_BATCHES = 8
 SAMPLE_S = 0.2  # between looks at the memory, each of which reads all of /proc
 
@@ -376,6 +376,7 @@ def report(found: dict[str, dict[str, list[dict[str, Any]]]], folder: Path, args
         }
         if args.device == "cpu":
             summary[model]["cached_at_most"] = bound(ways["reference"][0]["split_ms"], args.workers)
+            summary[model]["core_ms_cached"] = round(1e3 * CPU_THREADS["cached"] / rows[-1]["median"], 3)
         config = make_config(folder, model, args.device, vars_of(args))
         split[model] = ways["reference"][0]["split_ms"]
         flops[model] = {
