@@ -102,4 +102,4 @@ def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
     """
     low_part = (word & 0xFFFF) * constant
     high_part = (word >> 16) * constant + (low_part >> 16)
-    return (high_part >> 16) & MASK32, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
+    return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)

@@ -45,6 +45,20 @@ def test_rotation_keeps_lengths_and_makes_scores_depend_on_offsets_only() -> Non
     assert scores.std() > 0.1
 
 
+def test_rotation_by_complex_numbers_is_rotation_by_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rope = RotaryTable(HEAD_WIDTH, GRID)()
+    qkv_BNE = packed(torch.float32).requires_grad_()
+    weight = torch.randn(2, HEADS, GRID**2, HEAD_WIDTH)
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        key = qkv_BNE.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)[1]
+        out = rotate(key, *rope)
+        assert out.dtype == torch.float32
+        found.append((out, *torch.autograd.grad((out * weight).sum(), qkv_BNE)))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+
+
 def test_rotary_tables_stay_float32_when_a_model_is_cast_down() -> None:
     table = RotaryTable(HEAD_WIDTH, GRID)
     exact = table.freqs_cos.clone()
