@@ -2,6 +2,10 @@
 
 All ranks of a builder hold a shared flock on one file; a new builder needs it exclusively for a moment. The kernel
 drops the locks of a process that dies, however it dies, so a killed build never blocks its resume.
+
+Object stores have no locks: there rank 0 puts an object anew every few seconds, and a new builder that finds one first
+looks whether it changes; one that lies still was left behind by a builder that died. Two that begin within the same
+second may both go on, and then write the same bytes twice, since every put is atomic and every shard deterministic.
 """
 
 from __future__ import annotations
@@ -9,9 +13,10 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +32,7 @@ LOCK = f"{WORK}/lock"
 POLL_S = 0.05
 # A launcher takes a moment to end the other ranks of a build whose first rank was killed.
 PATIENCE_S = 5.0
+BEAT_S, SILENT_BEATS = 5.0, 3  # of a builder on an object store
 
 
 @contextmanager
@@ -36,16 +42,17 @@ def builder_lock(
     """Hold the store for this builder and call `prepare`, on rank 0 before any other rank; gives what that returned.
 
     Rank 0 takes the file exclusively, prepares, writes a nonce into it, tells the nonce to the other ranks, and keeps a
-    shared lock; the others take shared locks on the file with that nonce. Object stores have no locks: there two
-    builders would write the same bytes twice, since every put is atomic and every shard deterministic.
+    shared lock; the others take shared locks on the file with that nonce. On an object store rank 0 alone keeps others
+    away.
 
     Raises:
         UserError: another builder holds the store.
     """
     if not isinstance(storage, LocalStorage):
-        prepared = [prepare()] if ranks.is_main else []
-        barrier()
-        yield prepared[0] if prepared else prepare()
+        with _beating(storage) if ranks.is_main else nullcontext():
+            prepared = [prepare()] if ranks.is_main else []
+            barrier()
+            yield prepared[0] if prepared else prepare()
         return
     path = storage.path(LOCK)
     if ranks.is_main:
@@ -68,6 +75,55 @@ def builder_lock(
         yield prepared
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _beating(storage: Storage) -> Iterator[None]:
+    """Put a new value under the lock's key every BEAT_S seconds until the block ends, then remove it."""
+    _await_stillness(storage)
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_S):
+            # A beat that fails is no reason to end a build: the next one may get through, as may the shards.
+            with suppress(OSError):
+                storage.write(LOCK, secrets.token_hex(16).encode())
+
+    storage.write(LOCK, secrets.token_hex(16).encode())
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(OSError):  # left behind, it costs the next builder a moment, and hides no error of this one
+            storage.delete(LOCK)
+
+
+def _await_stillness(storage: Storage) -> None:
+    """Return once the lock's object is absent, or has not changed for several beats."""
+    found = _value(storage)
+    if not found:
+        return
+    print(
+        f"{storage.url}: a builder left its lock; looking for {SILENT_BEATS * BEAT_S:g} s whether it lives", flush=True
+    )
+    until_s = time.monotonic() + SILENT_BEATS * BEAT_S
+    while time.monotonic() < until_s:
+        time.sleep(BEAT_S / 2)
+        now = _value(storage)
+        if not now:
+            return
+        if now != found:
+            raise _busy(storage)
+
+
+def _value(storage: Storage) -> bytes:
+    try:
+        return storage.read(LOCK)
+    except FileNotFoundError:
+        return b""
 
 
 def _share(ranks: Ranks, nonce: str) -> str:
@@ -139,7 +195,7 @@ def _is_current(handle: int, path: Path) -> bool:
         return False
 
 
-def _busy(storage: LocalStorage) -> UserError:
+def _busy(storage: Storage) -> UserError:
     return UserError(
         f"another builder is at work on {storage.url}",
         "one builder at a time",

@@ -14,6 +14,7 @@ import zarr
 
 from rae_fast.config import Config
 from rae_fast.errors import UserError
+from rae_fast.latents import lock
 from rae_fast.latents.loader import LatentLoader
 from rae_fast.latents.plan import config_of
 from rae_fast.latents.reader import open_reader
@@ -22,6 +23,7 @@ from rae_fast.latents.storage import ObjectStorage, open_storage
 from rae_fast.latents.store import open_store
 from rae_fast.latents.verify import verify
 from rae_fast.latents.writer import build_cache
+from rae_fast.runtime import Ranks
 
 Configs = Callable[..., Config]
 
@@ -106,7 +108,7 @@ def test_interrupted_build_goes_on(
     write, calls = ObjectStorage.write, [0]
 
     def failing(self: ObjectStorage, key: str, data: bytes) -> None:
-        calls[0] += 1
+        calls[0] += key != lock.LOCK
         if calls[0] == 40:
             raise ConnectionError("the network is gone")
         write(self, key, data)
@@ -132,6 +134,34 @@ def test_flipped_bit_is_refused_found_and_mended(url: str) -> None:
     assert [damage.key for damage in verify(url).damages] == [key]
     repair(url, config_of(open_store(url).attrs))
     assert objects(url) == before
+
+
+@pytest.mark.parametrize("scheme", ["s3", "memory"])
+def test_second_builder_stops_with_a_message(
+    request: pytest.FixtureRequest, cache_config: Configs, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """Two builders on an object store both went on."""
+    monkeypatch.setattr(lock, "BEAT_S", 0.2)
+    root = request.getfixturevalue("bucket") if scheme == "s3" else "memory://latents"
+    config = cache_config(f"{root}/held")
+    with lock.builder_lock(open_storage(f"{root}/held"), Ranks(), lambda: None):
+        with pytest.raises(UserError, match="another builder is at work"):
+            build_cache(config)
+        assert lock.LOCK in objects(f"{root}/held")
+    assert lock.LOCK not in objects(f"{root}/held")
+    assert build_cache(config).images == 41
+    assert lock.LOCK not in objects(f"{root}/held")
+
+
+def test_lock_of_a_builder_that_died_holds_nobody_up(
+    cache_config: Configs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    url = "memory://latents/left"
+    open_storage(url).write(lock.LOCK, b"a value that nobody changes")
+    assert build_cache(cache_config(url)).images == 41
+    assert "a builder left its lock" in capsys.readouterr().out
+    assert lock.LOCK not in objects(url)
 
 
 def test_missing_store_and_unknown_scheme_are_said(url: str) -> None:
