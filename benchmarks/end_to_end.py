@@ -223,9 +223,14 @@ class Meter:
         """So many images have been trained on."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        self.marks.append((images, time.perf_counter() - self._started_s))
+        self.marks.append((images, self.elapsed_s))
         self.cpu_s = tree_cpu_s() - self._started_cpu_s
         self._first_cpu_s = self.cpu_s if len(self.marks) == 1 else self._first_cpu_s
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since `start`, without what was left out."""
+        return time.perf_counter() - self._started_s
 
     @property
     def steady_cpu_s(self) -> float:
@@ -285,7 +290,7 @@ def run_ours(job: dict[str, Any], device: torch.device, scratch: Path, meter: Me
     build_s = 0.0
     if job["way"] == "cached":
         build_cache(config)
-        build_s = time.perf_counter() - meter._started_s
+        build_s = meter.elapsed_s
     ranks = Ranks()
     batches = plan_batches(config.training, ranks)
     with Heartbeat(scratch, ranks, 1e6) as heartbeat, ExitStack() as stack:

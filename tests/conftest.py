@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,3 +129,14 @@ def files_of() -> Callable[[Path], dict[str, Any]]:
         }
 
     return read
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """Torch computes with three threads, whatever it is otherwise told to here."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)

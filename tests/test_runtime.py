@@ -78,20 +78,17 @@ def test_a_process_does_not_outlive_its_supervisor() -> None:
         follower.kill()
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_a_thread_that_computes_serially_leaves_the_others_their_threads() -> None:
-    before, seen = torch.get_num_threads(), []
-    torch.set_num_threads(3)
+    seen = []
 
     def run() -> None:
         seen.append(torch.get_num_threads())
         compute_serially()
         seen.append(torch.get_num_threads())
 
-    try:
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        assert seen == [3, 1]
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [3, 1]
+    assert torch.get_num_threads() == 3

@@ -90,6 +90,7 @@ def test_two_launchers_of_two_ranks_build_the_same_bytes(
     assert verify(str(tmp_path / "store")).damages == []
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_shards_are_written_without_helper_threads(
     cache_config: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,12 +102,7 @@ def test_shards_are_written_without_helper_threads(
         seen.append(torch.get_num_threads())
         write_batch(*args)
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        monkeypatch.setattr(sink, "write_batch", spy)
-        build_cache(cache_config(tmp_path / "store"))
-        assert set(seen) == {1}
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(sink, "write_batch", spy)
+    build_cache(cache_config(tmp_path / "store"))
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 3

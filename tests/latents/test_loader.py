@@ -286,6 +286,7 @@ def test_batches_on_a_gpu_equal_those_on_the_cpu(path: str, request: pytest.Fixt
         assert torch.equal(device_batch.index_B.cpu(), batch.index_B)
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_batches_are_made_without_helper_threads(store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second team of OpenMP threads in the loader's thread made training on a CPU half as fast."""
     seen = []
@@ -295,12 +296,7 @@ def test_batches_are_made_without_helper_threads(store: LatentStore, monkeypatch
         seen.append(torch.get_num_threads())
         return decode(*args)
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        monkeypatch.setattr(type(store.codec), "decode", spy)
-        take(LatentLoader(store, batch_size=8), 2)
-        assert set(seen) == {1}
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(type(store.codec), "decode", spy)
+    take(LatentLoader(store, batch_size=8), 2)
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 3
