@@ -26,13 +26,13 @@ def bench(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, 
     return module
 
 
-@pytest.mark.parametrize(("sleeps", "limit_s", "outcome"), [(100, 2.0, "cut off after 2 s"), (0, 60.0, "done in 0 s")])
+@pytest.mark.parametrize(("sleeps", "limit_s", "outcome"), [(100, 6.0, "cut off after 6 s"), (0, 60.0, "done in")])
 def test_processes_of_a_benchmark_end_with_it(
     bench: ModuleType, tmp_path: Path, sleeps: int, limit_s: float, outcome: str
 ) -> None:
     """A benchmark cut off left its worker training, beside the next benchmark."""
     one = bench.Bench("parent", f"{{out}}/child.pid {sleeps}", "", limit_s)
-    assert bench.run(one, tmp_path, short=False) == outcome
+    assert bench.run(one, tmp_path, short=False).startswith(outcome)
     child = int((tmp_path / "child.pid").read_text())
     until_s = time.monotonic() + 5
     while time.monotonic() < until_s and _runs(child):

@@ -141,7 +141,7 @@ def test_second_builder_stops_with_a_message(
     request: pytest.FixtureRequest, cache_config: Configs, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     """Two builders on an object store both went on."""
-    monkeypatch.setattr(lock, "BEAT_S", 0.2)
+    monkeypatch.setattr(lock, "BEAT_S", 1.0)
     root = request.getfixturevalue("bucket") if scheme == "s3" else "memory://latents"
     config = cache_config(f"{root}/held")
     with lock.builder_lock(open_storage(f"{root}/held"), Ranks(), lambda: None):
