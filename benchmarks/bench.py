@@ -69,9 +69,9 @@ BENCHES = (
     Bench("planner", "--device cpu --batch 8 --rounds 4 --out {out}/planner-cpu.json", "--batch 4 --rounds 1"),
     Bench(
         "end_to_end",
-        "--images 1024 --epochs 2 --rounds 3 --out {out}/end_to_end-cpu.json",
+        "--images 1024 --epochs 3 --rounds 3 --out {out}/end_to_end-cpu.json",
         "--images 128 --batch 32 --epochs 2 --rounds 1",
-        600.0,
+        780.0,
     ),
     Bench("report", "--results {out}", ""),
 )

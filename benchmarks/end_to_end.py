@@ -7,21 +7,25 @@
     online      rae_fast with loader.source=online: DALI, encoder in every step
     cached      rae_fast: tools/build_cache.py's store of both views (statistics computed too), then training from it
 
-Every way runs in a process of its own, in turn, round after round, over the same JPEG files with the same model,
-compiled on a GPU (on this CPU compiling takes longer than the epochs). Time counts from when the models are built and
-have made a first step, the cache's build added; memory is the peak of the whole process tree; CPU time too. On a CPU
-each way has the OpenMP threads that suit it: the reference's way one (with one for each core it lost a third: threads
-wait for each other while a decoding process has a core of theirs), ours one for each core.
+Every way runs in a process of its own, in turn, round after round, over the same JPEG files with the same model. Its
+blocks are compiled, as the reference's README advises and all our recipes have it (not on a CPU without a C++
+compiler). Time counts from when the models are built and have made a first step, the cache's build added; memory is the
+peak of the whole process tree; CPU time too. On a CPU each way has the OpenMP threads that suit it: the reference's way
+one (with one for each core it lost a third: threads wait for each other while a decoding process has a core of theirs),
+ours one for each core.
 
 Images are of ImageNet's sizes and cropped to 256 px, so decoding costs what it costs. On a CPU the models are scaled,
 by two rules that favour no way: encoder and DiT shrink together, so that encoding is the share of training in FLOPs
-that it is of the released sizes (16 % of DiTDH-S, 5 % of DiTDH-XL); and training from the cache takes of this CPU's
-cores four times what it is to take of an H200 (2.1 and 7.3 ms of a core for 0.53 and 1.8 ms), since there four
-DataLoader workers, the reference's default, decode beside each GPU. `core_ms_cached` in the summary and `flops` say
-what it came to; two cores at work in the same memory need more than the `train` of `split_ms_reference`, one alone.
-Two things stay different: on a CPU decoding, encoding and training share the cores and add up, where beside a GPU the
-slowest sets the pace; and the encoder's resize from 256 px weighs more here than on a GPU. As they add up, no cache can
-gain more than `cached_at_most` of the summary, which follows from `split_ms_reference`.
+that it is of the released sizes (16 % of DiTDH-S, 5 % of DiTDH-XL); and how far they shrink was set by an uncompiled
+step in batches of 128 on the cores of an EPYC, four times what it is to take of an H200 (2.1 and 7.3 ms of a core for
+0.53 and 1.8 ms), since there four DataLoader workers, the reference's default, decode beside each GPU. The sizes have
+stayed; compiled, in larger batches (so that the time of calling operations, which a GPU hides, weighs less) or on
+another core the step takes less: `core_ms_cached` in the summary says what it came to, `core_ms_reference` what the
+reference's way does. With a step of x ms in its place the ratio would be 1 + (core_ms_reference - core_ms_cached) / x.
+Two cores at work in the same memory need more than the `train` of `split_ms_reference`, one alone. Two things stay
+different from a GPU: here decoding, encoding and training share the cores and add up, where beside a GPU the slowest
+sets the pace; and the encoder's resize from 256 px weighs more. As they add up, no cache can gain more than
+`cached_at_most` of the summary, which follows from `split_ms_reference`.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -74,7 +79,7 @@ ENCODERS = {
     "cuda": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224},
 }
 CPU_THREADS = {"reference": 1, "online": default_threads(), "cached": default_threads()}
-SPLIT_BATCHES = 8
+SPLIT_BATCHES = 4
 SAMPLE_S = 0.2  # between looks at the memory, each of which reads all of /proc
 
 
@@ -83,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--images", type=int, default=1024, help="of an epoch")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=3, help="trained by each way; all but the first are steady")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", help="some of the models, comma-separated")
@@ -164,10 +169,15 @@ def make_config(folder: Path, model: str, device: str, settings: dict[str, Any],
             "runtime.engine=ddp",
             f"runtime.device={device}",
             f"runtime.precision={'bf16' if device == 'cuda' else 'fp32'}",
-            f"runtime.compile={str(device == 'cuda').lower()}",
+            f"runtime.compile={str(can_compile(device)).lower()}",
             *overrides,
         ],
     )
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile finds what it needs."""
+    return device == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 # --- one way, in a process of its own -------------------------------------------------------------------------------
@@ -345,6 +355,11 @@ def bound(split_ms: dict[str, float], workers: int) -> float:
     return round(1 + (workers * split_ms["decode"] + split_ms["encode"]) / split_ms["train"], 2)
 
 
+def core_ms(runs: list[dict[str, Any]]) -> float:
+    """Milliseconds of a core for an image, with all cores at work; median over rounds."""
+    return round(float(np.median([1e3 * default_threads() / steady_rate(run) for run in runs])), 3)
+
+
 def cpu_ratio(reference: list[dict[str, Any]], runs: list[dict[str, Any]]) -> float:
     """CPU seconds of the reference's way over those of another, the build left out; median over rounds."""
     pairs = zip(reference, runs, strict=True)
@@ -381,7 +396,8 @@ def report(found: dict[str, dict[str, list[dict[str, Any]]]], folder: Path, args
         }
         if args.device == "cpu":
             summary[model]["cached_at_most"] = bound(ways["reference"][0]["split_ms"], args.workers)
-            summary[model]["core_ms_cached"] = round(1e3 * CPU_THREADS["cached"] / rows[-1]["median"], 3)
+            summary[model]["core_ms_cached"] = core_ms(ways["cached"])
+            summary[model]["core_ms_reference"] = core_ms(ways["reference"])
         config = make_config(folder, model, args.device, vars_of(args))
         split[model] = ways["reference"][0]["split_ms"]
         flops[model] = {
@@ -395,6 +411,7 @@ def report(found: dict[str, dict[str, list[dict[str, Any]]]], folder: Path, args
         rows,
         args.device,
         **{key: value for key, value in vars_of(args).items() if key != "device"},
+        compiled=can_compile(args.device),
         summary=summary,
         split_ms_reference=split,
         flops=flops,

@@ -96,10 +96,11 @@ def _philox(counters: tuple[Tensor, Tensor, Tensor, Tensor], key0: int, key1: in
 
 
 def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of word * constant, both below 2**32.
-
-    By halves: the product overflows int64, and XLA does not shift what comes of that as the other devices do.
-    """
-    low_part = (word & 0xFFFF) * constant
-    high_part = (word >> 16) * constant + (low_part >> 16)
-    return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
+    """High and low 32 bits of word * constant, both below 2**32."""
+    if word.device.type == "xla":
+        # By halves: the product overflows int64, and XLA does not shift what comes of that as the other devices do.
+        low_part = (word & 0xFFFF) * constant
+        high_part = (word >> 16) * constant + (low_part >> 16)
+        return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
+    product = word * constant
+    return (product >> 32) & MASK32, product & MASK32

@@ -53,6 +53,9 @@ def test_result_has_rates_ratios_build_memory_and_a_plot(ends: ModuleType, tmp_p
     assert result["summary"]["S-like"]["break_even_epoch"] == pytest.approx((4 / 8 + 4 / 6.25) / 2, rel=1e-3)
     assert result["split_ms_reference"]["S-like"]["decode"] == 5.0
     assert result["summary"]["S-like"]["cached_at_most"] == 4.0  # (5 + 1 + 2) / 2
+    cores = ends.default_threads()
+    assert result["summary"]["S-like"]["core_ms_cached"] == pytest.approx(cores * 1e3 * (1 / 50 + 1 / 48) / 2, rel=1e-3)
+    assert result["summary"]["S-like"]["core_ms_reference"] == pytest.approx(cores * (1e2 + 1e3 / 12) / 2, rel=1e-3)
     ends.plot({"S-like": ways}, args, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
