@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -21,6 +22,8 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 
 SUPERVISOR = "RAE_FAST_SUPERVISOR"  # environment variable: process id that this one must not outlive
 WATCH_INTERVAL_S = 0.5
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,19 @@ def _thread_pools() -> ThreadpoolController:
     return ThreadpoolController()  # looks through all loaded libraries, some milliseconds
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next tensors, where it can (glibc); for what computes on a CPU.
+
+    By default it hands large blocks back to the system, which zeroes them page by page when they are used again: a
+    tenth of a training step on a CPU, and a third of an encoder's.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        # Refused values leave the default: old versions take no threshold above 32 MB.
+        library.mallopt(M_MMAP_THRESHOLD, 1 << 30) or library.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        library.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
 def on_all_devices(device: str, run: Callable[[Ranks], object]) -> None:
     """Call `run` with this process's ranks; where `device` is xla and the machine a TPU, in one process for each chip.
 
@@ -89,7 +105,7 @@ def on_all_devices(device: str, run: Callable[[Ranks], object]) -> None:
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """The torch device for `auto`, `cpu`, `cuda` or `xla`.
+    """The torch device for `auto`, `cpu`, `cuda` or `xla`; for a CPU the process also keeps the memory that it frees.
 
     Raises:
         UserError: cuda or xla is asked for and absent, or the name is unknown.
@@ -97,6 +113,7 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
+        keep_freed_memory()
         return torch.device("cpu")
     if name == "cuda":
         if not torch.cuda.is_available():

@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -21,6 +22,22 @@ from rae_fast.runtime import (
 FOLLOWER = (
     "from rae_fast.runtime import follow_supervisor; import time; follow_supervisor(); print('up'); time.sleep(60)"
 )
+
+# Page faults of tensors of a megabyte and of 200 MB, each made and freed a few times before.
+FAULTS = """
+import resource, torch
+from rae_fast.runtime import pick_device
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for numbers in (250_000, 50_000_000):
+        torch.empty(numbers).zero_()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+by_default = [faults() for _ in range(3)][-1]
+pick_device("cpu")
+print(by_default, [faults() for _ in range(3)][-1])
+"""
 
 
 def test_ranks_come_from_the_launchers_environment(monkeypatch) -> None:
@@ -47,6 +64,14 @@ def test_a_missing_gpu_is_one_line() -> None:
     assert pick_device("auto").type == "cpu"
     with pytest.raises(UserError, match="no CUDA device"):
         pick_device("cuda")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
+def test_a_process_that_computes_on_a_cpu_keeps_freed_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    by_default, kept = map(int, done.stdout.split())
+    # Pages may be of up to 2 MB.
+    assert by_default >= 50 and kept < by_default / 10
 
 
 def test_fp32_means_fp32() -> None:
