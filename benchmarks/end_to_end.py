@@ -80,7 +80,7 @@ ENCODERS = {
 }
 CPU_THREADS = {"reference": 1, "online": default_threads(), "cached": default_threads()}
 SPLIT_BATCHES = 4
-SAMPLE_S = 0.2  # between looks at the memory, each of which reads all of /proc
+SAMPLE_S = 0.5  # between looks at the memory, each of which reads all of /proc
 
 
 def main() -> None:
@@ -308,7 +308,7 @@ def run_ours(job: dict[str, Any], device: torch.device, scratch: Path, meter: Me
             data = open_training_data(config, batches, ranks, device)
             run = DiTRun(config, data, batches, ranks, device, scratch)
             stack.callback(run.close)
-            run.model.train()
+            run.settle()
             run.one_step(heartbeat)
         seen = 0
         for _ in range(job["epochs"]):

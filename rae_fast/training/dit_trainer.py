@@ -291,10 +291,7 @@ class DiTRun:
     def train(self, signals: StopSignals) -> dict[str, Any]:
         """Steps until the end, a signal, or an error."""
         trace = StepTrace(self.config.runtime.profile, self.folder, self.ranks)
-        self.model.train()
-        # What is alive now lives to the end: collections in the loop need not look at it again.
-        gc.collect()
-        gc.freeze()
+        self.settle()
         with Heartbeat(self.folder, self.ranks, self.config.runtime.stall_s) as heartbeat:
             while self.engine.steps < self.total_steps and not self.monitor.stop:
                 step = self.engine.steps + 1
@@ -305,6 +302,12 @@ class DiTRun:
                 heartbeat.stepped(step)
                 self.at_intervals(step, heartbeat)
             return self.finish(heartbeat)
+
+    def settle(self) -> None:
+        """Training mode; and what is alive now lives to the end, so collections in the loop need not look at it."""
+        self.model.train()
+        gc.collect()
+        gc.freeze()
 
     def close(self) -> None:
         """Stop the loader's thread and give the engine's memory back."""

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rae_fast.config import Optimizer, Runtime
+from rae_fast.dit.blocks import FinalLayer
 from rae_fast.runtime import Ranks, set_precision
 from rae_fast.training.deepspeed_setup import check_precision, initialize, read_deepspeed_config, zero_stage
 from rae_fast.training.ema import FlatEMA
@@ -371,8 +372,13 @@ def wrap_ddp(module: nn.Module, device: torch.device) -> nn.parallel.Distributed
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile each block of each `nn.ModuleList` in place: one graph for all blocks of a kind, static shapes."""
-    for container in module.modules():
-        if isinstance(container, nn.ModuleList):
-            for block in container:
+    """Compile in place what is normalized and modulated: each block of each `nn.ModuleList`, and a DiT's last layer.
+
+    One graph for all blocks of a kind, static shapes.
+    """
+    for part in module.modules():
+        if isinstance(part, FinalLayer):
+            part.compile(dynamic=False)
+        elif isinstance(part, nn.ModuleList):
+            for block in part:
                 block.compile(dynamic=False)

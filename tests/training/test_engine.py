@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rae_fast.config import Optimizer
+from rae_fast.dit.ditdh import DiTDH
 from rae_fast.errors import UserError
 from rae_fast.training.deepspeed_setup import read_deepspeed_config
+from rae_fast.training.engine import compile_blocks
 
 from .conftest import batches, regression, train_step
 
@@ -176,6 +180,25 @@ def test_compiled_module_is_evaluated_with_ema_weights(make_engine):
     with engine.ema_applied() as found:
         assert torch.allclose(found(x[0]), reference(x[0]), atol=1e-6)
         assert not torch.allclose(found(x[0]), engine.module(x[0]), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_and_last_layer_of_a_dit_compute_the_same():
+    model = DiTDH(input_size=4, in_channels=8, hidden_size=[16, 32], depth=[2, 1], num_heads=[2, 2], num_classes=3)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    found = copy.deepcopy(model)
+    compile_blocks(found)
+    compiled = [name for name, part in found.named_modules() if part._compiled_call_impl is not None]
+    assert compiled == ["final_layer", "blocks.0", "blocks.1", "blocks.2"]
+    x, t, y = torch.randn(4, 8, 4, 4), torch.rand(4), torch.tensor([0, 1, 2, 3])
+    outputs = [each(x, t, y, labeldrop_u=torch.ones(4)) for each in (model, found)]
+    assert torch.allclose(*outputs, atol=1e-5, rtol=1e-4)
+    for output in outputs:
+        output.square().mean().backward()
+    for one, other in zip(model.parameters(), found.parameters(), strict=True):
+        assert one.grad is None or torch.allclose(one.grad, other.grad, atol=1e-5, rtol=1e-3)
 
 
 def test_bf16_keeps_float32_parameters_and_computes_in_bfloat16(make_engine):
