@@ -341,7 +341,7 @@ class Runtime:
     precision: str = "bf16"  # fp32, tf32, bf16
     engine: str = "deepspeed"  # deepspeed, ddp
     kernels: str = "torch"  # torch, triton
-    compile: bool = False  # torch.compile of each block
+    compile: bool = False  # torch.compile of each block and a DiT's last layer
     activation_checkpointing: bool = False  # recompute each block's activations in the backward pass
     profile: str | None = None  # steps to trace, as "10..15"
     deterministic: bool = False  # kernels whose sums have a fixed order: two runs on one machine agree bit for bit

@@ -83,8 +83,9 @@ def keep_freed_memory() -> None:
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        # Refused values leave the default: old versions take no threshold above 32 MB.
-        library.mallopt(M_MMAP_THRESHOLD, 1 << 30) or library.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        # Old versions refuse a threshold above 32 MB.
+        if not library.mallopt(M_MMAP_THRESHOLD, 1 << 30):
+            library.mallopt(M_MMAP_THRESHOLD, 1 << 25)
         library.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

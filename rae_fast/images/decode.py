@@ -34,7 +34,7 @@ from rae_fast.images.entries import ImageIndex, ReadError
 from rae_fast.images.feeder import Feeder, Job, Part
 from rae_fast.images.precheck import decode_pil
 from rae_fast.images.resample import crop_into, native_or_none
-from rae_fast.runtime import compute_serially, keep_freed_memory
+from rae_fast.runtime import compute_serially
 
 CROP_MODES = ("exact", "fast")
 BATCHES_READY = 2  # finished batches that wait for the consumer
@@ -120,7 +120,6 @@ class ImagePipeline:
         self.threads = threads or default_threads()
         self.rebuilds = 0
         self.idle_s = 0.0
-        keep_freed_memory()  # images are decoded, and most are cropped, on the CPU wherever they go
         self._hw_decoder_load, self._random_crop = hw_decoder_load, random_crop
         self._on_gpu = self.device.type == "cuda"
         self._mixed = crop_mode == "fast" and self._on_gpu

@@ -372,9 +372,8 @@ def wrap_ddp(module: nn.Module, device: torch.device) -> nn.parallel.Distributed
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile in place what is normalized and modulated: each block of each `nn.ModuleList`, and a DiT's last layer.
-
-    One graph for all blocks of a kind, static shapes.
+    """Compile each block of each `nn.ModuleList`, and a DiT's last layer, in place: one graph for all of a kind,
+    static shapes.
     """
     for part in module.modules():
         if isinstance(part, FinalLayer):
