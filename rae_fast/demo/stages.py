@@ -110,10 +110,10 @@ class PeakMemory:
 
     def _watch(self) -> None:
         process = psutil.Process()
-        while True:
+        ended = False
+        while not ended:
+            ended = self._stop.wait(SAMPLE_INTERVAL_S)
             self.peak_bytes = max(self.peak_bytes, resident_bytes(process))
-            if self._stop.wait(SAMPLE_INTERVAL_S):
-                return
 
 
 def resident_bytes(process: psutil.Process) -> int:
