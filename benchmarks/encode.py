@@ -30,6 +30,7 @@ from torch import Tensor
 from rae_fast.config import Stage1Params
 from rae_fast.errors import exit_cleanly
 from rae_fast.latents.encode import LatentEncoder
+from rae_fast.runtime import pick_device
 
 MODELS = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}  # width, layers, heads
 SIDE, INPUT, PATCH = 256, 224, 14
@@ -92,7 +93,7 @@ class Contender(NamedTuple):
 
 def ask_encoder(params: Stage1Params, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Images a second, by batch, precision and compilation."""
-    device = torch.device(args.device)
+    device = pick_device(args.device)
     contenders = {BASELINE: Contender(REFERENCE_BATCH, LatentEncoder(params, "fp32", device))}
     for precision in args.precisions.split(","):
         for batch in map(int, args.batches.split(",")):

@@ -9,10 +9,10 @@
 
 Every way runs in a process of its own, in turn, round after round, over the same JPEG files with the same model. Its
 blocks are compiled, as the reference's README advises and all our recipes have it (not on a CPU without a C++
-compiler). Time counts from when the models are built and have made a first step, the cache's build added; memory is the
-peak of the whole process tree; CPU time too. On a CPU each way has the OpenMP threads that suit it: the reference's way
-one (with one for each core it lost a third: threads wait for each other while a decoding process has a core of theirs),
-ours one for each core.
+compiler). Time counts from when the models are built and have made a first step, with no batch prepared, the cache's
+build added; memory is the peak of the whole process tree; CPU time too. On a CPU each way has the OpenMP threads that
+suit it: the two that decode one (with one for each core the reference's way lost a third, ours a fifth: threads wait
+for each other while a decoder has a core of theirs), the cached way one for each core.
 
 Images are of ImageNet's sizes and cropped to 256 px, so decoding costs what it costs. On a CPU the models are scaled,
 by two rules that favour no way: encoder and DiT shrink together, so that encoding is the share of training in FLOPs
@@ -78,7 +78,7 @@ ENCODERS = {
     "cpu": {"hidden_size": 32, "num_hidden_layers": 10, "num_attention_heads": 4, "image_size": 56},
     "cuda": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224},
 }
-CPU_THREADS = {"reference": 1, "online": default_threads(), "cached": default_threads()}
+CPU_THREADS = {"reference": 1, "online": 1, "cached": default_threads()}
 SPLIT_BATCHES = 4
 SAMPLE_S = 0.5  # between looks at the memory, each of which reads all of /proc
 
@@ -281,6 +281,7 @@ def run_reference(job: dict[str, Any], device: torch.device, scratch: Path, mete
     geometry, compiled = resolve_geometry(config), config.runtime.compile
     trainer = ReferenceTrainer(config, geometry, device, job["workers"], precision, compiled)
     trainer.train(1)
+    trainer.restart_loader()
     meter.start()
     seen = 0
     for _ in range(job["epochs"]):
@@ -310,6 +311,7 @@ def run_ours(job: dict[str, Any], device: torch.device, scratch: Path, meter: Me
             stack.callback(run.close)
             run.settle()
             run.one_step(heartbeat)
+            run.stream.close()  # what was prepared meanwhile
         seen = 0
         for _ in range(job["epochs"]):
             for _ in range(run.steps_per_epoch):

@@ -101,6 +101,10 @@ class ReferenceTrainer:
             num_workers=workers,
             pin_memory=device.type == "cuda",
         )
+        self.restart_loader()
+
+    def restart_loader(self) -> None:
+        """New workers, which have decoded nothing yet."""
         self._batches = iter(self._loader)
 
     def train(self, steps: int) -> int:

@@ -23,6 +23,8 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 SUPERVISOR = "RAE_FAST_SUPERVISOR"  # environment variable: process id that this one must not outlive
 WATCH_INTERVAL_S = 0.5
 
+NICENESS = 10  # of threads that give way: a tenth of what another gets of a core that both want
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -68,6 +70,16 @@ def compute_serially() -> None:
     """
     torch.get_num_threads()  # the thread's first such call would undo the limit
     _thread_pools().limit(limits=1, user_api="openmp")
+
+
+def give_way() -> None:
+    """Have the calling thread and those that it starts leave the cores to others where both want them (on Linux).
+
+    For what prepares batches beside a training thread. With equal claims it slows training down until its queue is
+    full, then idles until training has taken a batch, and not all cores are at work.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 @cache

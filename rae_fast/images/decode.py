@@ -34,7 +34,7 @@ from rae_fast.images.entries import ImageIndex, ReadError
 from rae_fast.images.feeder import Feeder, Job, Part
 from rae_fast.images.precheck import decode_pil
 from rae_fast.images.resample import crop_into, native_or_none
-from rae_fast.runtime import compute_serially
+from rae_fast.runtime import compute_serially, give_way
 
 CROP_MODES = ("exact", "fast")
 BATCHES_READY = 2  # finished batches that wait for the consumer
@@ -88,6 +88,7 @@ class ImagePipeline:
         threads: CPU threads for decoding, and as many for cropping; None: this process's share of the cores.
         hw_decoder_load: share of JPEGs for the GPU's hardware decoder (`fast`).
         random_crop: the training crop; None for the centre crop.
+        gives_way: leave the cores to the caller's thread where both want them; for a caller that trains meanwhile.
 
     Attributes:
         rebuilds: how often DALI lost a part and was built anew.
@@ -109,6 +110,7 @@ class ImagePipeline:
         *,
         hw_decoder_load: float = 0.65,
         random_crop: RandomCrop | None = None,
+        gives_way: bool = False,
     ) -> None:
         if crop_mode not in CROP_MODES:
             raise UserError(f"data.crop is {crop_mode!r}", f"one of {', '.join(CROP_MODES)}")
@@ -120,7 +122,7 @@ class ImagePipeline:
         self.threads = threads or default_threads()
         self.rebuilds = 0
         self.idle_s = 0.0
-        self._hw_decoder_load, self._random_crop = hw_decoder_load, random_crop
+        self._hw_decoder_load, self._random_crop, self._gives_way = hw_decoder_load, random_crop, gives_way
         self._on_gpu = self.device.type == "cuda"
         self._mixed = crop_mode == "fast" and self._on_gpu
         # The native crop costs less than the way of a whole image to the GPU; PIL's does not.
@@ -160,6 +162,8 @@ class ImagePipeline:
     def _produce(self, ready: queue.Queue, stop: threading.Event) -> None:
         """Body of the producer thread. Whatever it raises is raised again where the batches are consumed."""
         compute_serially()
+        if self._gives_way:
+            give_way()
         try:
             stages = _Stages(self)
             with (

@@ -100,6 +100,7 @@ class OnlineLoader(BatchStream):
             threads=self.data.threads,
             hw_decoder_load=self.data.hw_decoder_load,
             random_crop=self._random_crop(epoch),
+            gives_way=True,
         )
 
     def _random_crop(self, epoch: int) -> RandomCrop | None:

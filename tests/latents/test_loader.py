@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ import torch
 from rae_fast import rng
 from rae_fast.config import Config
 from rae_fast.errors import UserError
+from rae_fast.images import decode
+from rae_fast.images.resample import crop_into
 from rae_fast.latents.loader import LatentBatch, LatentLoader, build_loader
 from rae_fast.latents.online import open_online_loader
 from rae_fast.latents.order import BLOCKS_MIXED, Order
 from rae_fast.latents.store import LatentStore, open_store
-from rae_fast.runtime import Ranks
+from rae_fast.runtime import NICENESS, Ranks
 
 INVALID = 18  # the truncated image's row
 
@@ -237,6 +241,37 @@ def test_online_twin_replaces_an_unreadable_image(
         assert torch.equal(batch.latents_BCHW[INVALID], batch.latents_BCHW[0])
     loader.close()
     assert capsys.readouterr().out.count("cannot read square/013.jpg") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux only")
+def test_threads_that_decode_online_give_way_to_the_one_that_trains(
+    pristine_store: Path, cache_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With equal claims, they kept it waiting until their queue was full, and a core idle from then on."""
+    config = cache_config(pristine_store, "loader.source=online")
+    before, seen = set(thread_priorities()), {}
+
+    def spy(*args: Any) -> None:
+        seen.update(thread_priorities())
+        crop_into(*args)
+
+    monkeypatch.setattr(decode, "crop_into", spy)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    take(open_online_loader(config, image_size=32, batch_size=8), 1)
+    started = [priority for thread, priority in seen.items() if thread not in before]
+    giving_way = [priority for priority in started if priority == max(own, NICENESS)]
+    # The loader's own thread, which hands the batches over, and torch's helpers of the one that trains do not.
+    assert len(started) - len(giving_way) <= torch.get_num_threads() < len(giving_way)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+
+
+def thread_priorities() -> dict[int, int]:
+    """Niceness of each thread of this process, by its id."""
+    found = {}
+    for entry in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):  # it ended
+            found[int(entry.name)] = os.getpriority(os.PRIO_PROCESS, int(entry.name))
+    return found
 
 
 def test_online_without_statistics_is_an_error(cache_config: Callable[..., Config], tmp_path: Path) -> None:
