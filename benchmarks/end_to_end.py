@@ -11,8 +11,8 @@ Every way runs in a process of its own, in turn, round after round, over the sam
 blocks are compiled, as the reference's README advises and all our recipes have it (not on a CPU without a C++
 compiler). Time counts from when the models are built and have made a first step, with no batch prepared, the cache's
 build added; memory is the peak of the whole process tree; CPU time too. On a CPU each way has the OpenMP threads that
-suit it: the two that decode one (with one for each core the reference's way lost a third, ours a fifth: threads wait
-for each other while a decoder has a core of theirs), the cached way one for each core.
+suit it. Beside decoding, threads wait for each other: with one for each core the reference's way lost a third with both
+models, ours online a fifth with the S-like one. So these three have one, all else one for each core.
 
 Images are of ImageNet's sizes and cropped to 256 px, so decoding costs what it costs. On a CPU the models are scaled,
 by two rules that favour no way: encoder and DiT shrink together, so that encoding is the share of training in FLOPs
@@ -78,7 +78,10 @@ ENCODERS = {
     "cpu": {"hidden_size": 32, "num_hidden_layers": 10, "num_attention_heads": 4, "image_size": 56},
     "cuda": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224},
 }
-CPU_THREADS = {"reference": 1, "online": 1, "cached": default_threads()}
+CPU_THREADS = {
+    "S-like": {"reference": 1, "online": 1, "cached": default_threads()},
+    "XL-like": {"reference": 1, "online": default_threads(), "cached": default_threads()},
+}
 SPLIT_BATCHES = 4
 SAMPLE_S = 0.5  # between looks at the memory, each of which reads all of /proc
 
@@ -331,7 +334,7 @@ def compare(model: str, folder: Path, args: argparse.Namespace) -> dict[str, lis
         for way in WAYS:
             job = {**vars_of(args), "way": way, "model": model, "folder": str(folder), "split": number == 0}
             command = [sys.executable, __file__, "--worker", json.dumps(job)]
-            threads = {"OMP_NUM_THREADS": str(CPU_THREADS[way])} if args.device == "cpu" else {}
+            threads = {"OMP_NUM_THREADS": str(CPU_THREADS[model][way])} if args.device == "cpu" else {}
             done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **threads})
             if done.returncode:
                 raise UserError(f"{model}, {way}: {done.stderr.strip().splitlines()[-1:]}", "a run without an error")
