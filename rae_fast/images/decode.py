@@ -290,6 +290,9 @@ class _Stages:
 
     def _finish(self, job: Job) -> ImageBatch:
         self._wait(job)
+        for row, reason in enumerate(job.reasons):
+            if reason is not None:
+                job.images_B3SS[row].zero_()
         with self._in_stream():
             images_B3SS = job.images_B3SS.to(self._of.device, non_blocking=True)
             for rows, crops in job.crops_on_device:

@@ -78,7 +78,7 @@ class Feeder:
 
     def _start(self, io: ThreadPoolExecutor, positions_B: np.ndarray) -> tuple[Job, list[Future]]:
         count, side = len(positions_B), self._image_size
-        images_B3SS = torch.zeros(count, 3, side, side, dtype=torch.uint8, pin_memory=self._pinned)
+        images_B3SS = torch.empty(count, 3, side, side, dtype=torch.uint8, pin_memory=self._pinned)
         job = Job(positions_B, images_B3SS, [None] * count, [None] * count, [0] * count)
         chunks = [range(count)[first : first + READ_CHUNK] for first in range(0, count, READ_CHUNK)]
         return job, [io.submit(self._read, job, chunk) for chunk in chunks]

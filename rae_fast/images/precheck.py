@@ -51,7 +51,7 @@ def pixels_for_dali(data: bytes) -> int:
     """Pixels of a whole 8-bit gray or colour JPEG of sane size, which DALI decodes as PIL does; 0 for all else."""
     from nvidia import nvimgcodec
 
-    if not data.startswith(JPEG_START) or END_OF_IMAGE not in data[-TAIL_BYTES:]:
+    if not data.startswith(JPEG_START) or data.rfind(END_OF_IMAGE, -TAIL_BYTES) < 0:
         return 0
     try:
         stream = nvimgcodec.CodeStream(data)

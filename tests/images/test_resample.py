@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +83,19 @@ def test_code_that_gives_wrong_bytes_is_refused(
 @needs_compiler
 def test_where_there_is_a_compiler_the_native_loops_are_what_runs() -> None:
     assert resample.native_or_none() is not None
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions of x86")
+@pytest.mark.parametrize("without", ["-mno-avx512vbmi", "-mno-avx2"])
+def test_bytes_do_not_depend_on_the_vectors_that_a_cpu_has(
+    unloaded: None, without: str, monkeypatch: pytest.MonkeyPatch, photo: Callable
+) -> None:
+    monkeypatch.setattr(resample, "FLAGS", (*resample.FLAGS, without))
+    resample.load_native()
+    for height, width, size in ((375, 500, 256), (97, 61, 64), (130, 33, 16), (5, 41, 3), (3, 2, 40), (700, 23, 8)):
+        image_HW3 = photo(height, width)
+        assert np.array_equal(by_cpu(image_HW3, size), by_pil(image_HW3, size)), (height, width, size)
 
 
 @needs_compiler
