@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -140,10 +140,9 @@ class ImagePipeline:
         def halt() -> None:
             stop.set()
             while producer.is_alive():
-                try:
-                    ready.get(timeout=0.05)
-                except queue.Empty:
-                    continue
+                with suppress(queue.Empty):
+                    ready.get_nowait()  # it may be waiting for room
+                producer.join(timeout=0.05)
 
         # As in latents/loader.py: no thread may be inside DALI or torch when Python ends.
         atexit.register(halt)
