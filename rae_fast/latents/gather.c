@@ -376,19 +376,21 @@ static double clock_s(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* Serve rows until there are none. Some file systems do the whole read while it is handed in: a queue of theirs holds one
-   read at a time, and the next batch is left to threads. */
+/* Serve rows until there are none; what has arrived is looked at when the disk has its next reads. Some file systems do
+   the whole read while it is handed in: a queue of theirs holds one read at a time, and the next batch is left to
+   threads. */
 static void serve(Batch *b, Queue *queue) {
-    Read *reads = calloc((size_t)queue->depth, sizeof *reads), *idle[MAX_THREADS];
+    int idle_count = 0, in_flight = 0;
+    long done = 0;
+    Read *reads = calloc((size_t)(2 * queue->depth), sizeof *reads), *idle[2 * MAX_THREADS];
     struct iocb *fresh[MAX_THREADS];
     struct io_event events[MAX_THREADS];
-    int idle_count = 0, in_flight = 0;
     double begun_s = clock_s(), submitting_s = 0;
     if (!reads) return;
-    while (idle_count < queue->depth) idle[idle_count] = &reads[idle_count], idle_count++;
+    while (idle_count < 2 * queue->depth) idle[idle_count] = &reads[idle_count], idle_count++;
     for (;;) {
         int count = 0;
-        while (idle_count && !queue->useless) {
+        while (in_flight + count < queue->depth && !queue->useless) {
             int64_t i = next_row(b);
             if (i < 0) break;
             Read *read = idle[--idle_count];
@@ -411,18 +413,18 @@ static void serve(Batch *b, Queue *queue) {
             note(b, read->row, fetch(b, read->row, &read->scratch));
             idle[idle_count++] = read;
         }
-        if (!in_flight) break;
-        long least = in_flight < SEVERAL ? in_flight : SEVERAL, most = queue->depth;
-        long done = syscall(SYS_io_getevents, queue->context, least, most, events, NULL);
         for (long k = 0; k < done; k++) {
             Read *read = (Read *)(uintptr_t)events[k].data;
             arrived(b, read, events[k].res);
             idle[idle_count++] = read;
-            in_flight--;
         }
+        if (!in_flight) break;
+        long least = in_flight < SEVERAL ? in_flight : SEVERAL, most = queue->depth;
+        done = syscall(SYS_io_getevents, queue->context, least, most, events, NULL);
+        in_flight -= done > 0 ? (int)done : 0;
     }
     if (b->count > 2 * queue->depth && submitting_s > (clock_s() - begun_s) / 2) queue->useless = 1;
-    for (int k = 0; k < queue->depth; k++) free(reads[k].scratch.bytes);
+    for (int k = 0; k < 2 * queue->depth; k++) free(reads[k].scratch.bytes);
     free(reads);
 }
 
