@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -78,7 +79,9 @@ def give_way() -> None:
     For what prepares batches beside a training thread. With equal claims it slows training down until its queue is
     full, then idles until training has taken a batch, and not all cores are at work.
     """
-    if sys.platform == "linux":
+    if sys.platform != "linux":
+        return
+    with suppress(PermissionError):  # some sandboxes forbid the call; nothing but speed depends on it
         os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
