@@ -10,6 +10,7 @@ import queue
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class LatentBatch:
     epoch: int | Tensor
 
 
-class BatchStream:
+class BatchStream(ABC):
     """An endless stream of batches that a thread prepares ahead: what the cached and the online loader share.
 
     The images of micro-batch j of an epoch are order[j G : (j + 1) G], G = batch_size x world, and rank r takes the
@@ -143,9 +144,9 @@ class BatchStream:
             self._producer.stop()
             self._producer = None
 
+    @abstractmethod
     def _prepare(self, epoch: int, position: int) -> Iterator[LatentBatch]:
         """Batches from a position on; runs in the producer's thread."""
-        raise NotImplementedError
 
     def _deliver(self, batch: LatentBatch) -> LatentBatch:
         """Last step, in the caller's thread."""

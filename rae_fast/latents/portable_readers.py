@@ -6,6 +6,7 @@ Shapes: B rows of a batch, C channels.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,7 @@ class ObjectReader(_Portable):
             flat[:] = stored
 
 
-class _ArrayReader(_Portable):
+class _ArrayReader(_Portable, ABC):
     """Rows through a zarr library, which undoes the codecs; rows of raw bytes are checked here, zstd frames there."""
 
     def __init__(self, store: LatentStore, verify: bool = True) -> None:
@@ -194,12 +195,13 @@ class _ArrayReader(_Portable):
             self._arrays[key] = self._open(key)
         return self._arrays[key]
 
+    @abstractmethod
     def _open(self, key: str) -> Any:
-        raise NotImplementedError
+        """The array of that key, however the library holds it."""
 
+    @abstractmethod
     def _fetch(self, array: Any, rows: np.ndarray, out: np.ndarray, into: np.ndarray) -> None:
         """Copy rows of an array to out[into]."""
-        raise NotImplementedError
 
 
 class TensorstoreReader(_ArrayReader):

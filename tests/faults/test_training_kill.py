@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +39,7 @@ tiny_run = load_tiny_run()
 OVERRIDES = (f"training.max_steps={STEPS}", "training.checkpoint_every=5", "training.global_batch_size=16")
 
 
-class Run:
+class Run(ABC):
     """A training whose log is watched.
 
     Args:
@@ -63,9 +64,9 @@ class Run:
             time.sleep(0.005)
         return self.alive()
 
+    @abstractmethod
     def alive(self) -> bool:
         """Whether it still runs."""
-        raise NotImplementedError
 
     def text(self) -> str:
         """What it printed."""

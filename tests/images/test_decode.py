@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,8 +143,9 @@ def test_every_dialect_of_image_gives_the_reference_s_bytes(
 
 
 def test_bad_files_are_recorded_and_cost_no_good_one(
-    write_files: Write, good: dict, dialects: dict, reference_crop: Callable
+    write_files: Write, good: dict, dialects: dict, reference_crop: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, **_: torch.full(shape, 7, dtype=dtype))  # as used before
     bad = bad_files(good["03.jpg"], dialects["gif.jpg"])
     files = {f"{number:03d}-{name}": data for number, (name, data) in enumerate([*good.items(), *bad.items()] * 2)}
     index = index_of(write_files(files))
@@ -295,6 +298,27 @@ def test_a_consumer_that_stops_early_leaves_no_thread_behind(write_files: Write,
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() <= before
+
+
+def test_the_end_of_a_pipeline_does_not_wait_for_batches(
+    write_files: Write, good: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None come any more: each wait for one was 50 milliseconds, paid at every epoch's end."""
+    waits = []
+
+    class Watched(queue.Queue):
+        def put(self, item: object, *args: Any) -> None:
+            super().put(item, *args)
+            if item is None:
+                time.sleep(0.3)  # the producer is still alive when the consumer has all batches
+
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            waits.extend([] if timeout is None else [timeout])
+            return super().get(block, timeout)
+
+    monkeypatch.setattr(decode.queue, "Queue", Watched)
+    assert len(list(ImagePipeline(index_of(write_files(good)), None, SIDE, batch_size=4, threads=2))) == 3
+    assert waits == []
 
 
 def test_a_fault_of_ours_reaches_the_consumer(write_files: Write, good: dict, monkeypatch: pytest.MonkeyPatch) -> None:
